@@ -1,0 +1,82 @@
+"""The command line: commands, exit codes, and what a user sees of an error.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage,
+3 a gate refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from pipeline.errors import GateRefused, PipelineError
+from steering_service.core.errors import Refused, SteeringError
+from store.errors import StoreError
+
+STEERAGE_ERRORS: Final = (PipelineError, SteeringError, StoreError)
+
+app = typer.Typer(
+    name="steerage",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Extract activations of language models, turn them into steering directions, and deliver
+    those to inference nodes.
+
+    A run file (TOML) says what is computed; flags say where and how. The usual order is
+    plan, extract, reduce, publish, serve, promote, steer; each step finds what the one before has
+    left in the store, and can be run again at any time.""",
+)
+
+
+@app.callback()
+def _configure(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what happens, and show tracebacks.")
+    ] = False,
+) -> None:
+    # The only place that configures logging; never the root of an application that imports us.
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if verbose:
+        os.environ["STEERAGE_TRACEBACK"] = "1"
+
+
+def main() -> None:
+    """Run the command line; the process's exit code says how it went."""
+    # Imported here so that `app` exists when they register their commands.
+    from pipeline.cli import batch, node, operate  # noqa: F401
+
+    try:
+        app()
+    except STEERAGE_ERRORS as error:
+        if os.environ.get("STEERAGE_TRACEBACK"):
+            raise
+        print(f"steerage: {error}\n({error.kind}; -v shows more)", file=sys.stderr)
+        sys.exit(3 if isinstance(error, (GateRefused, Refused)) else 1)
+    except KeyboardInterrupt:
+        print(
+            "steerage: interrupted; what is finished is kept, run it again to go on",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("STEERAGE_TRACEBACK"):
+            raise
+        print(
+            f"steerage: unexpected {type(error).__name__}: {error}\n"
+            "This is a bug: please report it with the output of the same command with -v",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -1,0 +1,213 @@
+"""Commands of the batch side: plan, extract, reduce."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.app import app
+from pipeline.cli.options import (
+    DEFAULT_STORE,
+    AsJson,
+    RayAddress,
+    RunPath,
+    StoreUrl,
+    Workers,
+    progress,
+    show,
+    stderr,
+    stdout,
+)
+
+if TYPE_CHECKING:
+    from pipeline.config import RunFile
+    from pipeline.extraction.workers import Receipt
+    from pipeline.prompts.plan import Plan
+    from pipeline.reduction.results import Reduction
+    from store.location import Location
+
+_CPUS = max(1, os.cpu_count() or 1)
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda; a worker takes a whole GPU.")]
+
+
+@app.command()
+def plan(run_file: RunPath, store: StoreUrl = DEFAULT_STORE, as_json: AsJson = False) -> None:
+    """Read and tokenise the prompts, and say what extraction would do.
+
+    Bad rows are reported with file, line and reason and left out; the run stops only past the share
+    that prompts.max_quarantined allows.
+    """
+    _, _, planned = planning(run_file, store)
+    show(planned.summary(), as_json, "Plan")
+
+
+@app.command()
+def extract(
+    run_file: RunPath,
+    store: StoreUrl = DEFAULT_STORE,
+    workers: Workers = _CPUS,
+    device: Device = "cpu",
+    ray: RayAddress = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the model over the prompts and write the activation cache.
+
+    Plans first. Safe to interrupt and to run again: finished shards are never computed twice.
+    """
+    _, root, planned = planning(run_file, store)
+    show(extracting(planned, root, workers, device, ray), as_json, "Extraction")
+
+
+@app.command()
+def reduce(
+    run_file: RunPath,
+    store: StoreUrl = DEFAULT_STORE,
+    workers: Workers = _CPUS,
+    ray: RayAddress = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Layers and heads to list.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a direction for every layer and head of a finished cache, and score them.
+
+    Best layers and heads are chosen on the validation split and reported on the test split.
+    """
+    run, root, planned = planning(run_file, store)
+    reduction = reducing(run, root, planned, workers, ray)
+    summary = reduction_summary(reduction, top)
+    if as_json:
+        show(summary, True, "")
+    else:
+        print_reduction(summary)
+
+
+def planning(run_file: Path, store: str) -> tuple[RunFile, Location, Plan]:
+    """Plan a run file, and say what was quarantined."""
+    from pipeline.config import load_run_file
+    from pipeline.prompts import plan as plans
+    from store.location import Location
+
+    run = load_run_file(run_file)
+    root = Location.open(store)
+    with stderr.status("planning: reading and tokenising prompts"):
+        planned = plans.plan(run, root)
+    for row in planned.quarantined[:10]:
+        stderr.print(f"[yellow]left out[/] {row}", highlight=False)
+    if len(planned.quarantined) > 10:
+        stderr.print(
+            f"[yellow]left out[/] {len(planned.quarantined) - 10} more; all are in "
+            f"{planned.cache.location.url}/{plans.QUARANTINE_FILE}"
+        )
+    return run, root, planned
+
+
+def extracting(
+    planned: Plan, root: Location, workers: int, device: str, ray: str | None
+) -> dict[str, Any]:
+    """Extract with a progress bar; returns the summary."""
+    from pipeline.extraction.workers import extract as run_extraction
+
+    cache = planned.cache
+    done = tokens = 0
+    with progress("extract", cache.num_shards) as (bar, task):
+        bar.update(task, completed=cache.num_shards - len(cache.missing()), note="starting Ray")
+
+        def on_receipt(receipt: Receipt) -> None:
+            nonlocal done, tokens
+            done += 1
+            tokens += receipt.tokens
+            elapsed = bar.tasks[task].elapsed or 1e-9
+            bar.update(task, advance=1, note=f"shards · {tokens / elapsed:,.0f} tokens/s")
+
+        result = run_extraction(
+            planned, root, num_workers=workers, device=device, address=ray, on_receipt=on_receipt
+        )
+        bar.update(task, note="shards")
+    return {
+        "capture": cache.digest,
+        "shards_computed": result.shards_computed,
+        "shards": cache.num_shards,
+        "rows": planned.num_rows,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 3),
+        "parity_worst": result.parity.worst if result.parity else None,
+        "parity_site": result.parity.worst_site if result.parity else None,
+        "quarantined": len(planned.quarantined),
+        "cache": cache.location.url,
+    }
+
+
+def reducing(
+    run: RunFile, root: Location, planned: Plan, workers: int, ray: str | None
+) -> Reduction:
+    """Reduce with a progress bar."""
+    from pipeline.reduction.reduce import reduce as run_reduction
+
+    with progress("reduce", None) as (bar, task):
+        return run_reduction(
+            planned.cache,
+            root,
+            method=run.reduce.method,
+            num_workers=workers,
+            address=ray,
+            on_progress=lambda done, total: bar.update(
+                task, completed=done, total=total, note="groups of shards"
+            ),
+        )
+
+
+def reduction_summary(reduction: Reduction, top: int) -> dict[str, Any]:
+    """What `steerage reduce --json` prints."""
+    from pipeline.errors import InvalidInput
+
+    summary: dict[str, Any] = {
+        "reduction": reduction.digest,
+        "capture": reduction.capture_digest,
+        "method": reduction.method,
+        "rows": dict(reduction.counts),
+        "path": reduction.location.url,
+    }
+    for name, heads in (("best_layers", False), ("best_heads", True)):
+        try:
+            summary[name] = reduction.ranked(heads=heads)[:top]
+        except InvalidInput:
+            # A capture of one stream has either layers or heads.
+            summary[name] = []
+    return summary
+
+
+def print_reduction(summary: dict[str, Any]) -> None:
+    """The table of the best layers and heads, for people."""
+    from rich.table import Table
+
+    for title, key in (("Best layers", "best_layers"), ("Best heads", "best_heads")):
+        if not summary[key]:
+            continue
+        table = Table(title=f"{title} (chosen on validation)", title_justify="left")
+        for heading, justify in (
+            ("site", "left"),
+            ("AUROC validation", "right"),
+            ("AUROC test", "right"),
+            ("accuracy test", "right"),
+            ("Cohen's d test", "right"),
+            ("norm", "right"),
+        ):
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        for row in summary[key]:
+            table.add_row(
+                row["site"],
+                *(
+                    f"{row[name]:.3f}"
+                    for name in (
+                        "auroc_validation",
+                        "auroc_test",
+                        "accuracy_test",
+                        "cohens_d_test",
+                        "norm",
+                    )
+                ),
+            )
+        stdout.print(table)
+    stdout.print(f"written to {summary['path']}", highlight=False, soft_wrap=True)

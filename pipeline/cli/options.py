@@ -1,0 +1,93 @@
+"""Flags that several commands share, and how results are shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN.toml", help="Run file; see examples/ for some to start from.")
+]
+StoreUrl = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        envvar="STEERAGE_STORE",
+        help="A directory, or s3://bucket/prefix, gs://…, az://…",
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, for machines.")
+]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Worker processes of a local Ray.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", help="A Ray cluster, such as 'auto'. Without it, a local Ray is started."
+    ),
+]
+ServiceAddress = Annotated[
+    str,
+    typer.Option("--address", envvar="STEERAGE_ADDRESS", help="HOST:PORT of the steering service."),
+]
+
+DEFAULT_STORE = "steerage-store"
+DEFAULT_ADDRESS = "127.0.0.1:7433"
+
+stderr = Console(stderr=True)
+stdout = Console()
+
+
+def show(summary: Mapping[str, Any], as_json: bool, title: str) -> None:
+    """Print a result: a table for people or one JSON object for machines."""
+    if as_json:
+        print(json.dumps(summary, sort_keys=True))
+        return
+    table = Table(title=title, show_header=False, title_justify="left", box=None, pad_edge=False)
+    for key, value in summary.items():
+        table.add_row(key, _text(value))
+    stdout.print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return " × ".join(str(v) for v in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@contextmanager
+def progress(label: str, total: int | None) -> Iterator[tuple[Progress, Any]]:
+    """A progress bar on stderr; nothing where stderr is no terminal."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=False,
+        disable=not stderr.is_terminal,
+    ) as bar:
+        yield bar, bar.add_task(label, total=total, note="")

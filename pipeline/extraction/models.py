@@ -1,0 +1,146 @@
+"""Loading models: what a plan needs to know of one, its decoder body, and its tokenizer.
+
+Nothing here reaches a hub or runs code that comes with a model: `trust_remote_code` stays off and
+only local folders with safetensors weights are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import torch
+import transformers
+from torch import nn
+
+from pipeline.errors import InvalidInput, NotFound
+from steering_service.core.fingerprint import model_fingerprint
+
+DtypeName = Literal["float32", "bfloat16"]
+DTYPES: Final[dict[DtypeName, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
+
+_T = TypeVar("_T")
+
+# The bar that transformers draws for reading weights would tear ours.
+transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is known of a model without loading its weights.
+
+    Attributes:
+        fingerprint: See `steering_service.core.fingerprint`.
+        context: Longest input in tokens.
+        dtype: Dtype of the checkpoint, as far as it is one that is computed in.
+    """
+
+    path: Path
+    name: str
+    fingerprint: str
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    d_model: int
+    context: int
+    dtype: DtypeName
+
+    @classmethod
+    def read(cls, path: Path) -> ModelInfo:
+        """Read a model folder's configuration and fingerprint.
+
+        Raises:
+            steering_service.core.errors.NotFound: No such folder, or no safetensors weights in it.
+            InvalidInput: config.json cannot be read or lacks what a decoder has.
+        """
+        fingerprint = model_fingerprint(path)
+        config: Any = _loaded(
+            path, "configuration", lambda: transformers.AutoConfig.from_pretrained(path)
+        )
+        text = config.get_text_config()
+        try:
+            num_heads, d_model = int(text.num_attention_heads), int(text.hidden_size)
+            head_dim = int(getattr(text, "head_dim", None) or d_model // num_heads)
+            num_layers = int(text.num_hidden_layers)
+        except AttributeError as error:
+            raise InvalidInput(
+                f"model {str(path)!r} ({type(config).__name__}): {error}; expected a decoder with "
+                "num_hidden_layers, num_attention_heads and hidden_size in its config.json",
+                kind="model_config",
+            ) from error
+        stored = str(getattr(text, "dtype", None) or getattr(text, "torch_dtype", None))
+        return cls(
+            path=path,
+            name=path.name,
+            fingerprint=fingerprint,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            d_model=d_model,
+            context=int(getattr(text, "max_position_embeddings", None) or 1 << 30),
+            # float16 overflows on real activations, so it is never computed in.
+            dtype="bfloat16" if "bfloat16" in stored else "float32",
+        )
+
+    def width(self, stream: str) -> int:
+        """Width of a stream: d_model, or heads times head_dim for ``z``."""
+        return self.num_heads * self.head_dim if stream == "z" else self.d_model
+
+
+def load_body(path: Path, dtype: DtypeName, device: str = "cpu") -> nn.Module:
+    """Load a decoder without its language-model head, which extraction never runs.
+
+    Raises:
+        NotFound, InvalidInput: See `ModelInfo.read`.
+    """
+    return _load(transformers.AutoModel, path, dtype, device)
+
+
+def load_model(path: Path, dtype: DtypeName, device: str = "cpu") -> nn.Module:
+    """Load a causal language model, head included, to generate with.
+
+    Raises:
+        NotFound, InvalidInput: See `ModelInfo.read`.
+    """
+    return _load(transformers.AutoModelForCausalLM, path, dtype, device)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load a model folder's tokenizer.
+
+    Raises:
+        NotFound, InvalidInput: No folder, or no tokenizer in it.
+    """
+    return _loaded(path, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(path))
+
+
+def _load(kind: Any, path: Path, dtype: DtypeName, device: str) -> nn.Module:
+    model = _loaded(
+        path,
+        "model",
+        lambda: kind.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True),
+    )
+    loaded: nn.Module = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def _loaded(path: Path, what: str, load: Callable[[], _T]) -> _T:
+    # A path that does not exist would be taken for a hub's repository name.
+    if not Path(path).is_dir():
+        raise NotFound(
+            f"model folder {os.fspath(path)!r} does not exist; expected a folder as "
+            "save_pretrained writes it",
+            kind="model_folder",
+        )
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInput(
+            f"{what} of {os.fspath(path)!r} cannot be loaded: {error}", kind="model_load"
+        ) from error

@@ -1,0 +1,155 @@
+"""Extraction on Ray Data: one row of work is one shard, computed and written by one worker.
+
+Activations never pass through Ray's object store or the driver: a worker writes its shard to the
+store itself and returns only a receipt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from pipeline.extraction.engine import Engine
+from pipeline.extraction.models import DtypeName
+from pipeline.extraction.parity import Parity, check_parity
+from pipeline.prompts.plan import Plan, read_prompts
+from pipeline.ray_runtime import ray_session
+from store.activations import ActivationCache
+from store.location import Location
+
+_THREADS: Final = 1
+"""Threads of a worker on a CPU. Fixed, because the number of threads decides the last bits of a
+sum; a machine with more cores runs more workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a worker says of a shard that it has written.
+
+    Attributes:
+        tokens: Tokens computed for it, padding not counted.
+        seconds: From the first forward pass to the commit record.
+    """
+
+    shard: int
+    num_rows: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What a run did.
+
+    Attributes:
+        parity: None if nothing was left to compute.
+        shards_computed: Shards of this run; the rest was there already.
+    """
+
+    parity: Parity | None
+    shards_computed: int
+    tokens: int
+    seconds: float
+
+
+class ShardWorker:
+    """A Ray actor that holds a model and computes shards."""
+
+    def __init__(
+        self, store_url: str, digest: str, model: str, dtype: DtypeName, device: str
+    ) -> None:
+        torch.set_num_threads(_THREADS)
+        self._cache = ActivationCache.open(Location.open(store_url), digest)
+        self._prompts = read_prompts(self._cache)
+        self._engine = Engine.load(Path(model), dtype, self._cache.streams, device)
+        self._layout = next(iter(self._cache.streams.values()))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Compute and commit one shard; see `Receipt` for what comes back."""
+        shard = int(row["shard"])
+        rows = self._layout.shard_rows(shard)
+        start = time.perf_counter()
+        values = self._engine.run_shard(self._prompts, rows, self._cache.capture["tokens_per_pack"])
+        computed = time.perf_counter()
+        self._cache.write_shard(shard, values, {"compute": computed - start})
+        tokens = sum(
+            len(p.token_ids)
+            for p in self._prompts
+            if p.first_row < rows.stop and p.first_row + len(p.spans) > rows.start
+        )
+        return {
+            "shard": shard,
+            "num_rows": len(rows),
+            "tokens": tokens,
+            "seconds": time.perf_counter() - start,
+        }
+
+
+def extract(
+    planned: Plan,
+    root: Location,
+    *,
+    num_workers: int,
+    device: str = "cpu",
+    address: str | None = None,
+    on_receipt: Callable[[Receipt], None] = lambda receipt: None,
+) -> Extraction:
+    """Compute every shard that is missing, and close the cache.
+
+    A cache that is complete costs one listing. A worker that dies is replaced and its shard
+    computed again; a driver that dies is run again and goes on where the commit records end.
+
+    Args:
+        planned: From `plan`.
+        root: The store that the plan was made in.
+        num_workers: Most workers at a time.
+        device: ``cpu`` or ``cuda``; a worker on a GPU takes a whole one.
+        address: A Ray cluster, or None for a local Ray.
+        on_receipt: Called for every shard that was written.
+
+    Raises:
+        GateRefused: The parity gate failed, or activations are not finite.
+    """
+    cache = planned.cache
+    start = time.perf_counter()
+    if cache.is_complete:
+        return Extraction(None, 0, 0, 0.0)
+    missing = cache.missing()
+    parity = None
+    tokens = 0
+    if missing:
+        dtype: DtypeName = cache.capture["model"]["dtype"]
+        parity = check_parity(planned.model.path, dtype, cache.streams, read_prompts(cache), device)
+        with ray_session(address, num_workers):
+            import ray
+
+            work = ray.data.from_items(
+                [{"shard": shard} for shard in missing], override_num_blocks=len(missing)
+            )
+            receipts = work.map(
+                ShardWorker,
+                fn_constructor_args=(
+                    root.url,
+                    cache.digest,
+                    str(planned.model.path),
+                    dtype,
+                    device,
+                ),
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=1, max_size=min(num_workers, len(missing))
+                ),
+                # Ray Data restarts a lost actor and retries its row without limit by default.
+                num_cpus=1,
+                num_gpus=1 if device == "cuda" else 0,
+            )
+            for row in receipts.iter_rows():
+                receipt = Receipt(**row)
+                tokens += receipt.tokens
+                on_receipt(receipt)
+    cache.seal()
+    return Extraction(parity, len(missing), tokens, time.perf_counter() - start)

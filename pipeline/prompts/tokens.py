@@ -1,0 +1,117 @@
+"""From examples to token ids: templates, context length, and which positions become rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import PromptsSection
+from pipeline.errors import InvalidInput
+from pipeline.prompts.corpus import Example, Quarantined
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """One example as the model reads it.
+
+    Attributes:
+        text: What was tokenised, template included.
+        token_ids: Its tokens.
+        offsets: Character span [start, stop) of each token in `text`.
+    """
+
+    example: Example
+    text: str
+    token_ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+
+
+def tokenize(
+    examples: Sequence[Example], tokenizer: Any, section: PromptsSection, context: int
+) -> tuple[list[TokenizedPrompt], list[Quarantined]]:
+    """Render and tokenise examples.
+
+    A pair of which one side does not fit is left out whole, so that classes stay balanced.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        section: Template, system prompt and end of turn.
+        context: Longest input in tokens.
+
+    Returns:
+        The prompts that fit, and the rows that do not.
+
+    Raises:
+        InvalidInput: The run asks for a chat template and the tokenizer has none, or the tokenizer
+            is not a fast one and so cannot say where tokens lie in the text.
+    """
+    if section.template == "chat" and not getattr(tokenizer, "chat_template", None):
+        raise InvalidInput(
+            "prompts.template is 'chat', and the model's tokenizer has no chat template; "
+            'set template = "none" under [prompts]',
+            kind="chat_template",
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise InvalidInput(
+            f"{type(tokenizer).__name__} is not a fast tokenizer, so tokens cannot be traced to "
+            "their text; save the model with a tokenizer.json",
+            kind="tokenizer_slow",
+        )
+    texts = [render(example, tokenizer, section) for example in examples]
+    if not texts:
+        return [], []
+    encoded = tokenizer(
+        texts,
+        # A chat template writes its own special tokens.
+        add_special_tokens=section.template == "none",
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    prompts, too_long = [], {}
+    for example, text, ids, offsets in zip(
+        examples, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        if 0 < len(ids) <= context:
+            spans = tuple((int(a), int(b)) for a, b in offsets)
+            prompts.append(TokenizedPrompt(example, text, tuple(ids), spans))
+            continue
+        file, line = example.source
+        reason = f"{len(ids)} tokens, longer than the model's context of {context}"
+        too_long[file, line] = Quarantined(file, line, reason if ids else "no tokens")
+    kept = [prompt for prompt in prompts if prompt.example.source not in too_long]
+    return kept, list(too_long.values())
+
+
+def render(example: Example, tokenizer: Any, section: PromptsSection) -> str:
+    """The text that the model reads for an example."""
+    if section.template == "none":
+        return example.prompt + (example.completion or "")
+    messages = [{"role": "user", "content": example.prompt}]
+    if example.system is not None:
+        messages.insert(0, {"role": "system", "content": example.system})
+    if example.completion is not None and section.close_turn:
+        messages.append({"role": "assistant", "content": example.completion})
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return f"{opened}{example.completion or ''}"
+
+
+def row_spans(selection: str, num_tokens: int) -> list[tuple[int, int]]:
+    """Which positions of a prompt become rows.
+
+    Args:
+        selection: ``last``, a negative index, ``mean`` or ``all``.
+        num_tokens: Length of the prompt.
+
+    Returns:
+        Token spans [start, stop), one a row; a span of several tokens is their mean. Empty if a
+        negative index reaches before the first token.
+    """
+    if selection == "all":
+        return [(i, i + 1) for i in range(num_tokens)]
+    if selection == "mean":
+        return [(0, num_tokens)]
+    position = num_tokens + (-1 if selection == "last" else int(selection))
+    return [(position, position + 1)] if position >= 0 else []

@@ -1,0 +1,186 @@
+"""Reduction: the stored result of `reduce`: directions, scores and where they came from.
+
+reductions/<digest>/directions.safetensors   one float32 [L, W] tensor a stream
+reductions/<digest>/scores.parquet           one row a site
+reductions/<digest>/reduction.json           written last: its existence is the commit
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from pipeline.errors import InvalidInput, NotFound
+from steering_service.core.direction import Direction
+from steering_service.core.site import Site
+from store.activations import ActivationCache
+from store.digest import canonical_json, sha256_hex
+from store.location import Location
+
+REDUCTION_SCHEMA: Final = 1
+
+
+def reduction_digest(capture: str, method: str) -> str:
+    """The name of a reduction: what it is computed from, and how."""
+    return sha256_hex(
+        canonical_json({"schema_version": REDUCTION_SCHEMA, "capture": capture, "method": method})
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reduction:
+    """Directions and scores of a cache.
+
+    Attributes:
+        digest: See `reduction_digest`.
+        capture: The Capture's JSON.
+        method: How the directions were computed.
+        counts: Rows by split and class.
+        directions_LW: Float32 [L, W] by stream.
+        scores: One row a site: norm, sigma, activation_norm, and auroc, accuracy and cohens_d
+            on the splits validation and test.
+        location: Where it is stored.
+    """
+
+    digest: str
+    capture: Mapping[str, Any]
+    capture_digest: str
+    method: str
+    counts: Mapping[str, int]
+    directions_LW: Mapping[str, NDArray[np.float32]]
+    scores: pa.Table
+    num_heads: int | None
+    location: Location
+
+    @classmethod
+    def exists(cls, root: Location, digest: str) -> bool:
+        """Whether it has been computed."""
+        return root.exists(f"reductions/{digest}/reduction.json")
+
+    @classmethod
+    def write(
+        cls,
+        root: Location,
+        *,
+        cache: ActivationCache,
+        method: str,
+        directions_LW: Mapping[str, NDArray[np.float32]],
+        scores: pa.Table,
+        counts: Mapping[str, int],
+    ) -> Reduction:
+        """Store a result; the same result may be stored again."""
+        digest = reduction_digest(cache.digest, method)
+        location = root.child(f"reductions/{digest}")
+        sink = io.BytesIO()
+        pq.write_table(scores, sink, compression="zstd")
+        location.put_same("directions.safetensors", safetensors.numpy.save(dict(directions_LW)))
+        location.put_same("scores.parquet", sink.getvalue())
+        heads = [s.num_heads for s in cache.streams.values() if s.num_heads is not None]
+        record = {
+            "schema_version": REDUCTION_SCHEMA,
+            "capture": dict(cache.capture),
+            "capture_digest": cache.digest,
+            "method": method,
+            "counts": dict(counts),
+            "num_heads": heads[0] if heads else None,
+        }
+        location.put_same("reduction.json", canonical_json(record))
+        return cls.open(root, digest)
+
+    @classmethod
+    def open(cls, root: Location, digest: str) -> Reduction:
+        """Read a stored result.
+
+        Raises:
+            NotFound: It has not been computed.
+        """
+        if not cls.exists(root, digest):
+            raise NotFound(
+                f"reduction {digest[:12]} is not in {root.url}; "
+                "run `steerage reduce` on the same run file first",
+                kind="reduction",
+            )
+        location = root.child(f"reductions/{digest}")
+        record = json.loads(location.get("reduction.json"))
+        return cls(
+            digest=digest,
+            capture=record["capture"],
+            capture_digest=record["capture_digest"],
+            method=record["method"],
+            counts=record["counts"],
+            directions_LW=safetensors.numpy.load(location.get("directions.safetensors")),
+            scores=pq.read_table(io.BytesIO(location.get("scores.parquet"))),
+            num_heads=record["num_heads"],
+            location=location,
+        )
+
+    def direction(self, site: Site) -> Direction:
+        """The Direction at a site, with its scores.
+
+        Raises:
+            NotFound: The site was not captured.
+        """
+        names = self.scores["site"].to_pylist()
+        if str(site) not in names:
+            raise NotFound(
+                f"reduction {self.digest[:12]} has no site {site}; it has {names[0]} to "
+                f"{names[-1]} (streams and layers are set under [capture])",
+                kind="site",
+            )
+        row = self.scores.slice(names.index(str(site)), 1).to_pylist()[0]
+        layer = list(self.capture["layers"]).index(site.layer)
+        vector_W = self.directions_LW[site.stream][layer]
+        if site.head is not None:
+            width = vector_W.shape[0] // (self.num_heads or 1)
+            vector_W = vector_W[site.head * width : (site.head + 1) * width]
+        return Direction(
+            site=site,
+            vector_D=vector_W,
+            sigma=row["sigma"],
+            activation_norm=row["activation_norm"],
+            method=self.method,
+            scores={
+                name: value
+                for name, value in row.items()
+                if name not in ("site", "norm", "sigma", "activation_norm") and np.isfinite(value)
+            },
+            lineage={"capture": self.capture_digest, "reduction": self.digest},
+        )
+
+    def ranked(self, *, heads: bool) -> list[dict[str, Any]]:
+        """Rows of `scores` for layers or for heads, best first by AUROC on the validation split.
+
+        Validation chooses and test reports, so that the reported number is not the luckiest. Among
+        sites that separate the classes equally well, the wider apart in Cohen's d comes first.
+
+        Raises:
+            InvalidInput: No such site was captured.
+        """
+        rows = [
+            row
+            for row in self.scores.to_pylist()
+            if (Site.parse(row["site"]).head is not None) == heads
+        ]
+        if not rows:
+            raise InvalidInput(
+                f"reduction {self.digest[:12]} has no {'heads' if heads else 'layers'}; "
+                f"add the stream {'z' if heads else 'resid_post'!r} under [capture]",
+                kind="site_kind",
+            )
+        return sorted(
+            rows,
+            key=lambda row: (
+                -np.nan_to_num(row["auroc_validation"]),
+                -np.nan_to_num(row["cohens_d_validation"]),
+                Site.parse(row["site"]),
+            ),
+        )

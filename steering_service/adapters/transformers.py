@@ -1,0 +1,259 @@
+"""The transformers node: apply an Artifact inside a model's forward pass, by hooks.
+
+    with steered(model, artifact, strength=0.8):
+        model.generate(**inputs)
+
+    with steered(model, subscription.active) as steering:   # follows a channel, live
+        model.generate(**inputs)
+
+At strength 0 no hook is attached to any block, so the outputs are those of the plain model bit for
+bit. Nothing is looked up over the network in the forward pass: the source is read once, when a new
+sequence begins, and the decision is kept until the next one begins.
+
+Shapes: B batch, T positions of one forward pass, W width of a stream, D width of a site.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steering_service.adapters.hooks import Tap, attach
+from steering_service.adapters.sites import ModelSites
+from steering_service.core.artifact import Artifact
+from steering_service.core.errors import InvalidInput, SteeringError
+from steering_service.core.intervention import Intervention, Positions, edit
+from steering_service.core.site import Site
+
+log = logging.getLogger(__name__)
+
+
+class Deployed(Protocol):
+    """What a node runs: an Artifact (or none) at a strength, with an identity that names both."""
+
+    @property
+    def artifact(self) -> Artifact | None: ...
+    @property
+    def strength(self) -> float: ...
+    @property
+    def identity(self) -> str: ...
+
+
+class Source(Protocol):
+    """Something whose `current` deployment may change between requests, such as a subscription."""
+
+    @property
+    def current(self) -> Deployed: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A deployment that never changes, and its own `Source`."""
+
+    artifact: Artifact | None
+    strength: float
+
+    @property
+    def identity(self) -> str:
+        return f"{self.artifact.digest if self.artifact else 'none'}@{self.strength!r}"
+
+    @property
+    def current(self) -> Fixed:
+        return self
+
+
+@contextmanager
+def steered(
+    model: nn.Module, source: Artifact | Source, strength: float | None = None
+) -> Iterator[Steering]:
+    """Steer a model until the block ends.
+
+    Args:
+        model: A transformers causal language model, or its decoder body.
+        source: An Artifact, which needs `strength`, or a source that is read anew for every new
+            sequence, such as a subscription's `active`.
+        strength: With an Artifact: how strongly, within the artifact's signed policy.
+
+    Yields:
+        The `Steering`, through which a scoring pass names its prompt lengths.
+
+    Raises:
+        InvalidInput: A site that the model does not have, or a vector of another width.
+        Refused: The strength is outside the artifact's policy.
+    """
+    if isinstance(source, Artifact):
+        if strength is None:
+            raise InvalidInput(
+                "steered(model, artifact) needs a strength, such as steered(model, artifact, 1.0)",
+                kind="strength_missing",
+            )
+        source.manifest.policy.check(strength)
+        source = Fixed(source, strength)
+    elif strength is not None:
+        raise InvalidInput(
+            "a source sets its own strength: pass either an artifact and a strength, or a source",
+            kind="strength_twice",
+        )
+    steering = Steering(model, source)
+    try:
+        yield steering
+    finally:
+        steering.close()
+
+
+class Steering:
+    """The hooks of one `steered` block."""
+
+    def __init__(self, model: nn.Module, source: Source) -> None:
+        self._sites = ModelSites.of(model)
+        self._source = source
+        self._deployed: Deployed | None = None
+        self._refused: str | None = None
+        self._taps: list[RemovableHandle] = []
+        self._given_prompt_T: int | Tensor | None = None
+        self._prompt_T: int | Tensor = 0
+        self._cached = 0
+        # Attached to the body, not the blocks: it runs once a forward pass, before any block.
+        self._root = self._sites.body.register_forward_pre_hook(self._begin, with_kwargs=True)
+        try:
+            self._deploy(source.current)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def deployed(self) -> Deployed:
+        """What the sequence in progress, or the last one, is steered with."""
+        assert self._deployed is not None
+        return self._deployed
+
+    def set_prompt_lengths(self, lengths: int | Sequence[int] | None) -> None:
+        """Say where the prompts of the following forward passes without a cache end.
+
+        Scoring a whole conversation in one pass, or decoding without a cache, gives the model
+        prompt and completion together; ``generated``, ``last`` and ``prompt`` need to know which is
+        which. With the lengths set, such a pass edits the positions that cached decoding would have
+        edited.
+
+        Args:
+            lengths: Positions (padding on the left included) before the first generated token: one
+                number, or one a row. None: every pass without a cache is a prompt, as in
+                `model.generate` with its cache.
+        """
+        if lengths is None or isinstance(lengths, int):
+            self._given_prompt_T = lengths
+        else:
+            self._given_prompt_T = torch.tensor(list(lengths))
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self._root.remove()
+        self._remove_taps()
+
+    def _remove_taps(self) -> None:
+        while self._taps:
+            self._taps.pop().remove()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        self._cached = int(cache.get_seq_length()) if cache is not None else 0
+        if self._cached:
+            return
+        values = kwargs.get("input_ids")
+        if values is None:
+            values = kwargs.get("inputs_embeds", args[0] if args else None)
+        num_positions = int(values.shape[1]) if values is not None else 0
+        self._prompt_T = num_positions if self._given_prompt_T is None else self._given_prompt_T
+        # A new sequence begins: the only moment at which the deployment may change.
+        current = self._source.current
+        if current.identity in (self.deployed.identity, self._refused):
+            return
+        try:
+            self._deploy(current)
+        except SteeringError as error:
+            # A delivery that does not fit this model must not break decoding: the last good
+            # deployment stays (DESIGN: the node fails static). Said once, not at every request.
+            self._refused = current.identity
+            log.warning(
+                "deployment refused by the model",
+                extra={"identity": current.identity, "kind": error.kind, "why": str(error)},
+            )
+
+    def _deploy(self, deployed: Deployed) -> None:
+        """Put a deployment in the place of the one before; raises before anything has changed."""
+        by_site: dict[Site, list[Intervention]] = {}
+        if deployed.artifact is not None and deployed.strength != 0:
+            for item in deployed.artifact.interventions:
+                self._check(item)
+                by_site.setdefault(Site(item.site.stream, item.site.layer), []).append(item)
+        self._remove_taps()
+        for site, items in by_site.items():
+            tap = self._tap(items, deployed.strength)
+            self._taps.append(attach(self._sites, site, tap))
+        self._deployed, self._refused = deployed, None
+
+    def _check(self, item: Intervention) -> None:
+        self._sites.check(item.site)
+        expected = (
+            self._sites.head_dim
+            if item.site.head is not None
+            else self._sites.width(item.site.stream)
+        )
+        got = item.direction.vector_D.shape[0]
+        if got != expected:
+            raise InvalidInput(
+                f"artifact's vector at {item.site} has width {got}; this model's is {expected}",
+                kind="direction_width",
+            )
+
+    def _tap(self, items: Sequence[Intervention], strength: float) -> Tap:
+        head_dim = self._sites.head_dim
+        steps: list[Tensor] | None = None
+
+        def tap(h_BTW: Tensor) -> Tensor:
+            nonlocal steps
+            if steps is None or steps[0].device != h_BTW.device or steps[0].dtype != h_BTW.dtype:
+                steps = [torch.tensor(i.step_D).to(h_BTW.device, h_BTW.dtype) for i in items]
+            out_BTW = h_BTW.clone()
+            for item, step_D in zip(items, steps, strict=True):
+                head = item.site.head
+                start, stop = (
+                    (0, None) if head is None else (head * head_dim, (head + 1) * head_dim)
+                )
+                view_BTD = out_BTW[..., start:stop]
+                edited_BTD = edit(view_BTD, step_D, item.operation, strength * item.weight)
+                self._write(view_BTD, edited_BTD, item.positions)
+            return out_BTW
+
+        return tap
+
+    def _write(self, view_BTD: Tensor, edited_BTD: Tensor, policy: Positions) -> None:
+        """Copy the edited values into the positions that the policy names."""
+        num_positions = view_BTD.shape[1]
+        prompt_T = self._prompt_T
+        if policy == "all":
+            view_BTD.copy_(edited_BTD)
+            return
+        if isinstance(prompt_T, Tensor):
+            at_T = torch.arange(num_positions) + self._cached
+            if policy == "prompt":
+                mask_BT = at_T < prompt_T[:, None]
+            else:
+                mask_BT = at_T >= prompt_T[:, None] - 1
+            mask_BT1 = mask_BT.to(view_BTD.device)[..., None]
+            view_BTD.copy_(torch.where(mask_BT1, edited_BTD, view_BTD))
+            return
+        # Positions of this pass that are edited, as a range: [start, stop).
+        start, stop = 0, num_positions
+        if policy == "prompt":
+            stop = min(max(prompt_T - self._cached, 0), num_positions)
+        else:
+            start = max(prompt_T - 1 - self._cached, 0)
+        view_BTD[:, start:stop] = edited_BTD[:, start:stop]

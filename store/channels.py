@@ -1,0 +1,257 @@
+"""Channels: named pointers to artifacts, kept as logs that are also their audit trails.
+
+    channels/NAME/00000001.json, 00000002.json, ...
+
+Each entry is created once, under the next number, so of several writers at one revision exactly one
+wins, on a disk and in a bucket alike. Each names the sha256 of the one before it, so that no entry
+can be altered unseen.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
+
+from store.digest import sha256_hex
+from store.errors import Conflict, Corrupt, InvalidInput, NotFound
+from store.location import Location
+from store.records import Digest, Record, parse_record
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62})")
+_MAX_REVISION = 99_999_999  # eight digits, so that key order is revision order
+
+
+def _check_time(text: str) -> str:
+    if not text.endswith("Z") or "T" not in text:
+        raise ValueError("expected UTC as in 2026-11-21T18:40:00Z")
+    datetime.fromisoformat(text)
+    return text
+
+
+class ChannelEntry(Record):
+    """One change of a channel, and its whole state from then on.
+
+    Attributes:
+        channel: Name of the channel.
+        revision: 1, 2, ...; without gaps.
+        artifact: Digest of the artifact, or None for none.
+        strength: Factor on the artifact's own strength.
+        enabled: Whether nodes apply it.
+        share: Fraction of nodes that take it, 0 to 1.
+        actor: Who changed it.
+        time: When, RFC 3339 in UTC.
+        reason: Why.
+        previous: sha256 of the bytes of the entry before, "" for the first.
+    """
+
+    schema_version: Literal[1] = 1
+    channel: str
+    revision: int = Field(ge=1, le=_MAX_REVISION)
+    artifact: Digest | None
+    strength: FiniteFloat
+    enabled: bool
+    share: float = Field(ge=0, le=1)
+    actor: str = Field(min_length=1)
+    time: Annotated[str, AfterValidator(_check_time)]
+    reason: str
+    previous: str = Field(pattern=r"^([0-9a-f]{64})?$")
+
+
+class ChannelLog:
+    """Reads and appends to channels; safe to share between threads and processes.
+
+    Args:
+        root: Where `channels` lies.
+    """
+
+    def __init__(self, root: Location) -> None:
+        self.location = root
+        self._last_seen: dict[
+            str, int
+        ] = {}  # only a hint where to start looking: heads never move back
+
+    def append(
+        self,
+        channel: str,
+        *,
+        expected_revision: int,
+        artifact: str | None,
+        strength: float,
+        enabled: bool,
+        share: float,
+        actor: str,
+        reason: str,
+        time: str | None = None,
+    ) -> ChannelEntry:
+        """Change a channel if nobody else has since `expected_revision` (0 makes it).
+
+        Repeating a call with the same `time` after a lost reply succeeds with the same entry.
+
+        Raises:
+            InvalidInput: kind "channel_name" or "channel_entry", a field is out of range.
+            Conflict: kind "revision_taken", the head is not `expected_revision`; read it, decide
+                again.
+        """
+        previous = b""
+        if expected_revision:
+            try:
+                previous = self._read(channel, expected_revision)
+            except NotFound as error:
+                message = (
+                    f"channel {channel!r}: expected to be at revision {expected_revision}, which "
+                    "does not exist "
+                    "yet; read head() and decide again"
+                )
+                raise Conflict(message, kind="revision_taken") from error
+        try:
+            entry = ChannelEntry(
+                channel=_check_name(channel),
+                revision=expected_revision + 1,
+                artifact=artifact,
+                strength=strength,
+                enabled=enabled,
+                share=share,
+                actor=actor,
+                time=time
+                or datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+                reason=reason,
+                previous=sha256_hex(previous) if previous else "",
+            )
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"]))
+            message = f"channel {channel!r}: {field}: {first['msg']}, got {first['input']!r}"
+            raise InvalidInput(message, kind="channel_entry") from error
+        data = entry.to_bytes()
+        try:
+            self.location.put_same(_key(channel, entry.revision), data)
+        except Conflict as error:
+            winner = self.entry(channel, entry.revision)
+            message = (
+                f"channel {channel!r}: expected to be at revision {expected_revision}, but "
+                f"{winner.actor!r} made "
+                f"revision {winner.revision} at {winner.time} ({winner.reason!r}); read head() "
+                "and decide again"
+            )
+            raise Conflict(message, kind="revision_taken") from error
+        return entry
+
+    def head(self, channel: str) -> ChannelEntry:
+        """The newest entry: the state of the channel. Usually two small reads, without listing.
+
+        Raises:
+            NotFound: kind "no_channel".
+        """
+        revision = self._last_seen.get(_check_name(channel)) or self._last_listed(channel)
+        entry = self.entry(channel, revision)
+        while True:
+            try:
+                entry = self.entry(channel, entry.revision + 1)
+            except NotFound:
+                self._last_seen[channel] = entry.revision
+                return entry
+
+    def entry(self, channel: str, revision: int) -> ChannelEntry:
+        """One entry.
+
+        Raises:
+            NotFound: kind "no_revision".
+            Corrupt: kind "channel_chain", it is unreadable or lies under a wrong name.
+        """
+        return self._parse(channel, revision, self._read(channel, revision))
+
+    def history(self, channel: str, *, after: int = 0) -> list[ChannelEntry]:
+        """Entries with revisions greater than `after`, in order; none for a channel that does not
+        exist.
+        """
+        prefix = f"channels/{_check_name(channel)}"
+        infos = self.location.list(prefix, after=_key(channel, after) if after > 0 else None)
+        return [self.entry(channel, _revision_of(info.key)) for info in infos]
+
+    def names(self) -> list[str]:
+        """Names of the channels, sorted."""
+        return list(self.location.folders("channels"))
+
+    def verify(self, channel: str) -> None:
+        """Check the whole log: every revision there, each naming the bytes of the one before.
+
+        Raises:
+            NotFound: kind "no_channel".
+            Corrupt: kind "channel_gap" or "channel_chain", naming the first bad revision.
+        """
+        last = self._last_listed(channel)
+        previous = ""
+        for revision in range(1, last + 1):
+            try:
+                data = self._read(channel, revision)
+            except NotFound as error:
+                message = (
+                    f"channel {channel!r}: revision {revision} is gone, the log goes to {last}; "
+                    "restore it"
+                )
+                raise Corrupt(message, kind="channel_gap") from error
+            entry = self._parse(channel, revision, data)
+            if entry.previous != previous:
+                message = (
+                    f"channel {channel!r}: revision {revision} names "
+                    f"{entry.previous or 'nothing'} as the entry "
+                    f"before it, found {previous or 'nothing'}; one of the two was altered, "
+                    "restore the log"
+                )
+                raise Corrupt(message, kind="channel_chain")
+            previous = sha256_hex(data)
+
+    def _last_listed(self, channel: str) -> int:
+        last = 0
+        for info in self.location.list(f"channels/{_check_name(channel)}"):
+            last = _revision_of(info.key)
+        if not last:
+            message = (
+                f"no channel {channel!r} in {self.location.url}; create it, or look at names()"
+            )
+            raise NotFound(message, kind="no_channel")
+        return last
+
+    def _read(self, channel: str, revision: int) -> bytes:
+        try:
+            return self.location.get(_key(channel, revision))
+        except NotFound as error:
+            message = f"channel {channel!r} has no revision {revision} in {self.location.url}"
+            raise NotFound(message, kind="no_revision") from error
+
+    def _parse(self, channel: str, revision: int, data: bytes) -> ChannelEntry:
+        where = f"{self.location.url}/{_key(channel, revision)}"
+        entry = parse_record(ChannelEntry, data, where=where, kind="channel_chain")
+        if (entry.channel, entry.revision) != (channel, revision) or entry.to_bytes() != data:
+            message = (
+                f"{where} holds revision {entry.revision} of {entry.channel!r}, or was not "
+                "written by this store; "
+                "restore it"
+            )
+            raise Corrupt(message, kind="channel_chain")
+        return entry
+
+
+def _check_name(channel: str) -> str:
+    if not isinstance(channel, str) or _NAME.fullmatch(channel) is None or channel.endswith("."):
+        message = (
+            f"bad channel name {channel!r}: expected 1 to 63 of a-z, 0-9, dot, underscore and "
+            "hyphen, beginning with "
+            "a letter or digit, not ending in a dot"
+        )
+        raise InvalidInput(message, kind="channel_name")
+    return channel
+
+
+def _key(channel: str, revision: int) -> str:
+    if not 0 <= revision <= _MAX_REVISION:
+        message = f"channel {channel!r}: revisions are 0 to {_MAX_REVISION}, got {revision}"
+        raise InvalidInput(message, kind="channel_entry")
+    return f"channels/{_check_name(channel)}/{revision:08d}.json"
+
+
+def _revision_of(key: str) -> int:
+    return int(key.rpartition("/")[2].removesuffix(".json"))

@@ -1,0 +1,341 @@
+"""A place for objects: a URL, and the few operations that behave the same on a disk and in a
+bucket.
+
+The store's protocols use creation, never compare-and-swap, because create-if-absent is the one
+conditional write that local disks, S3, GCS and Azure all do correctly.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import unquote, urlsplit
+
+import obstore.store
+from obstore import exceptions
+
+from store.bucket import Bucket
+from store.errors import Conflict, InvalidInput, NotFound
+from store.local import LocalDirectory, ObjectInfo, map_os_error
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Location", "ObjectInfo", "check_key"]
+
+# Printable ASCII without what some file system forbids or some bucket escapes. No leading dot: that
+# hides leftovers of killed writers and excludes "." and "..". No trailing dot or space: Windows
+# drops them.
+_SEGMENT = re.compile(
+    r"[A-Za-z0-9_@+=~,()!'$&;-](?:[A-Za-z0-9_@+=~,()!'$&; .-]{0,253}[A-Za-z0-9_@+=~,()!'$&;-])?"
+)
+_MAX_KEY = 900  # S3 and GCS stop at 1,024 bytes, of which a prefix may take its part
+_REMOTE = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http")
+
+_memory_stores: dict[str, obstore.store.MemoryStore] = {}
+_memory_names = count(1)
+
+
+class Backend(Protocol):
+    """What a medium must do; see `Location` for the contracts. Keys are relative to its root and
+    already checked.
+    """
+
+    def put_new(self, key: str, parts: Sequence[Buffer]) -> None: ...
+    def replace(self, key: str, parts: Sequence[Buffer]) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]: ...
+    def get_tail(self, key: str, length: int) -> bytes: ...
+    def size(self, key: str) -> int: ...
+    def list(self, prefix: str, after: str) -> Iterator[ObjectInfo]: ...
+    def folders(self, prefix: str) -> Sequence[str]: ...
+    def delete(self, key: str) -> None: ...
+    def remove_leftovers(self, prefix: str, older_than_s: float) -> int: ...
+
+
+def check_key(key: str) -> str:
+    """Return `key` unchanged if it names an object safely: relative, no "..", no empty segment,
+    printable ASCII.
+
+    Raises:
+        InvalidInput: it does not, and so could leave the location or mean different things on
+            different media.
+    """
+    if (
+        not isinstance(key, str)
+        or len(key) > _MAX_KEY
+        or not all(map(_SEGMENT.fullmatch, key.split("/")))
+    ):
+        message = (
+            f"bad key {key!r}: expected names joined by single slashes, each of 1 to 255 letters, "
+            "digits, spaces and _@+=~,()!'$&;-. and not beginning with a dot, in all at most "
+            f"{_MAX_KEY} characters"
+        )
+        raise InvalidInput(message, kind="key")
+    return key
+
+
+class Location:
+    """Objects under one URL. Immutable; safe to share between threads; pickles as its URL.
+
+    Objects appear whole or not at all, and survive power loss once a put has returned. Keys are
+    checked by `check_key` and relative to the URL.
+
+    Usage:
+        root = Location.open("s3://bucket/steerage")
+        caches = root.child("caches")
+        caches.put_new("a/b", b"bytes")
+    """
+
+    __slots__ = ("_backend", "_prefix", "_root")
+
+    def __init__(self, backend: Backend, root: str, prefix: str = "") -> None:
+        self._backend = backend
+        self._root = root
+        self._prefix = prefix
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str]) -> Location:
+        """Open a path, or a file://, memory://, s3://, gs:// or az:// URL; a local directory is
+        created.
+
+        `memory://NAME` is shared by the whole process, `memory://` alone is a new one. Buckets take
+        credentials and endpoints from the usual environment variables (`AWS_*`, `GOOGLE_*`,
+        `AZURE_*`).
+
+        Raises:
+            InvalidInput: unknown scheme, a path that is a file, or a directory that may not be
+                made.
+            Unavailable: the disk refused to make the directory.
+        """
+        text = os.fspath(url)
+        # urlsplit would take "C:\..." for a scheme and treat "?" and "#" in paths as its own.
+        scheme = text.partition("://")[0] if "://" in text else ""
+        if scheme in ("", "file"):
+            return cls._open_directory(text)
+        if scheme == "memory":
+            return cls._open_memory(text)
+        if scheme not in _REMOTE:
+            message = (
+                f"cannot open {text!r}: expected a path or one of file, memory, s3, gs, az, got "
+                f"{scheme!r}"
+            )
+            raise InvalidInput(message, kind="url")
+        try:
+            return cls(Bucket(obstore.store.from_url(text), text.rstrip("/")), text.rstrip("/"))
+        except (exceptions.BaseError, ValueError) as error:
+            message = (
+                f"cannot open {text!r}: {str(error).partition(chr(10))[0]}; check the URL and the "
+                "environment"
+            )
+            raise InvalidInput(message, kind="url") from error
+
+    @classmethod
+    def _open_directory(cls, text: str) -> Location:
+        if text.startswith("file://"):
+            parts = urlsplit(text)
+            if (
+                parts.netloc not in ("", "localhost")
+                or not parts.path
+                or parts.query
+                or parts.fragment
+            ):
+                raise InvalidInput(
+                    f"cannot open {text!r}: expected file:///absolute/path", kind="url"
+                )
+            text = unquote(parts.path)
+        if not text or "\0" in text:
+            raise InvalidInput(
+                f"cannot open {text!r}: expected the path of a directory", kind="url"
+            )
+        folder = Path(text).absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            message = f"cannot open {folder}: a file is in the way; name a directory"
+            raise InvalidInput(message, kind="not_a_directory") from error
+        except OSError as error:
+            raise map_os_error(error, what=f"creating directory {folder}", writing=True) from error
+        return cls(LocalDirectory(folder), folder.as_uri())
+
+    @classmethod
+    def _open_memory(cls, text: str) -> Location:
+        name, _, prefix = text.removeprefix("memory://").strip("/").partition("/")
+        name = name or f"anonymous-{next(_memory_names)}"
+        root = f"memory://{name}"
+        backend = Bucket(_memory_stores.setdefault(name, obstore.store.MemoryStore()), root)
+        return cls(backend, root, check_key(prefix) if prefix else "")
+
+    @property
+    def url(self) -> str:
+        """The URL that opens this location again."""
+        return f"{self._root}/{self._prefix}" if self._prefix else self._root
+
+    def child(self, path: str) -> Location:
+        """The location `path` further down; shares this one's connection, creates nothing."""
+        return Location(self._backend, self._root, self._key(path))
+
+    def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        """Create an object; of several writers, exactly one succeeds.
+
+        Args:
+            key: Its name.
+            data: Its bytes, as one buffer or as several to be written one after the other.
+
+        Raises:
+            Conflict: kind "exists", the key is taken; nothing was changed. After a lost reply of a
+                bucket, the object may be our own: compare, as `put_same` does.
+            Unavailable: no space, or the medium failed; nothing is visible under the key.
+        """
+        self._backend.put_new(self._key(key), _parts(data))
+
+    def put_same(self, key: str, data: Buffer | Sequence[Buffer]) -> bool:
+        """Create an object, or find that it holds the same bytes already. True if it was created.
+
+        Raises:
+            Conflict: kind "differs", the key holds other bytes.
+        """
+        parts = _parts(data)
+        try:
+            self.put_new(key, parts)
+        except Conflict:
+            wanted = b"".join(parts)
+            if (found := self.get(key)) == wanted:
+                return False
+            message = (
+                f"creating {self.url}/{key}: it exists with other bytes ({len(found)} there, "
+                f"{len(wanted)} given); "
+                "it is never overwritten, so use a new name or give the same bytes"
+            )
+            raise Conflict(message, kind="differs") from None
+        return True
+
+    def replace(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        """Create or overwrite atomically. Only for objects that nobody may rely on yet."""
+        self._backend.replace(self._key(key), _parts(data))
+
+    def get(self, key: str) -> bytes:
+        """A whole object.
+
+        Raises:
+            NotFound: no such object.
+        """
+        return self._backend.get(self._key(key))
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly the bytes [start, start + length) of an object.
+
+        Raises:
+            NotFound: no such object.
+            InvalidInput: kind "out_of_range", the object is shorter.
+        """
+        return self.get_ranges(key, [(start, length)])[0]
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Several (start, length) ranges at once; buckets fetch near ones together. Errors as for
+        `get_range`.
+        """
+        if any(start < 0 or length < 0 for start, length in ranges):
+            raise InvalidInput(
+                f"reading {self.url}/{key}: negative range in {ranges}", kind="out_of_range"
+            )
+        wanted = [(start, length) for start, length in ranges if length]
+        found = iter(self._backend.get_ranges(self._key(key), wanted) if wanted else ())
+        return [next(found) if length else b"" for _, length in ranges]
+
+    def get_tail(self, key: str, length: int) -> bytes:
+        """The last `length` bytes of an object, or all of it if it is shorter."""
+        return self._backend.get_tail(self._key(key), length)
+
+    def size(self, key: str) -> int:
+        """Bytes in an object.
+
+        Raises:
+            NotFound: no such object.
+        """
+        return self._backend.size(self._key(key))
+
+    def exists(self, key: str) -> bool:
+        """Whether the object exists; a folder is not an object."""
+        try:
+            self.size(key)
+        except NotFound:
+            return False
+        return True
+
+    def list(self, prefix: str = "", *, after: str | None = None) -> Iterator[ObjectInfo]:
+        """Objects in the folder `prefix`, at any depth, in key order; those of killed writers are
+        hidden.
+
+        Args:
+            prefix: A folder as in a path: "a/b" holds "a/b/c" and not "a/bc". "" is this location
+                itself.
+            after: List only keys greater than this one (a key of this location, which need not
+                exist).
+        """
+        skip = len(self._prefix) + 1 if self._prefix else 0
+        start = self._key(after) if after else ""
+        for info in self._backend.list(self._key(prefix) if prefix else self._prefix, start):
+            yield ObjectInfo(info.key[skip:], info.size, info.modified)
+
+    def folders(self, prefix: str = "") -> Sequence[str]:
+        """Names of the folders directly under the folder `prefix`, sorted; one request, however
+        full they are.
+        """
+        return self._backend.folders(self._key(prefix) if prefix else self._prefix)
+
+    def delete(self, key: str) -> None:
+        """Remove an object.
+
+        Raises:
+            NotFound: no such object.
+        """
+        self._backend.delete(self._key(key))
+
+    def remove_leftovers(self, *, older_than_s: float) -> int:
+        """Delete the hidden files of writers killed more than `older_than_s` seconds ago; how many
+        there were.
+        """
+        return self._backend.remove_leftovers(self._prefix, older_than_s)
+
+    def local_path(self, key: str = "") -> Path | None:
+        """Where an object (or, for "", this folder) lies on the local disk; None in a bucket."""
+        full = self._key(key) if key else self._prefix
+        return self._backend.folder / full if isinstance(self._backend, LocalDirectory) else None
+
+    def obstore_and_prefix(self) -> tuple[obstore.store.ObjectStore, str] | None:
+        """The obstore store and the prefix within it, for libraries that speak obstore; None on a
+        local disk.
+        """
+        return (self._backend.store, self._prefix) if isinstance(self._backend, Bucket) else None
+
+    def _key(self, key: str) -> str:
+        check_key(key)
+        return f"{self._prefix}/{key}" if self._prefix else key
+
+    def __repr__(self) -> str:
+        return f"Location({self.url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Location) and other.url == self.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (self.url, os.getpid())
+
+
+def _reopen(url: str, process: int) -> Location:
+    if url.startswith("memory://") and process != os.getpid():
+        message = f"{url} lives in process {process} only; give workers a path or a bucket URL"
+        raise InvalidInput(message, kind="memory_location")
+    return Location.open(url)
+
+
+def _parts(data: Buffer | Sequence[Buffer]) -> Sequence[Buffer]:
+    return data if isinstance(data, list | tuple) else [data]  # type: ignore[list-item]
