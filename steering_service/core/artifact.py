@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
@@ -118,8 +118,8 @@ class Artifact:
     digest: str
     manifest: Manifest
     interventions: tuple[Intervention, ...]
-    manifest_bytes: bytes
-    payload_bytes: bytes
+    manifest_bytes: bytes = field(repr=False)
+    payload_bytes: bytes = field(repr=False)
 
 
 def build(
