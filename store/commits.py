@@ -55,8 +55,8 @@ class CommitLog:
         except NotFound as error:
             message = (
                 f"shard {shard} of stream {layout.stream!r} is not committed in cache "
-                f"{self.digest}; "
-                "finish the capture (missing() says what is left)"
+                f"{self.digest}; finish "
+                "the capture (missing() says what is left)"
             )
             raise NotFound(message, kind="not_committed") from error
         where = f"{self.location.url}/{key}"

@@ -1,0 +1,286 @@
+"""Channels against a dictionary, under races, and with altered logs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from store.channels import ChannelEntry, ChannelLog
+from store.digest import sha256_hex
+from store.errors import Conflict, Corrupt, InvalidInput, NotFound
+from store.location import Location
+
+ROOT = Path(__file__).parents[2]
+
+
+def append(log, channel="prod", expected_revision=0, **more):
+    fields = {
+        "artifact": "a" * 64,
+        "strength": 1.0,
+        "enabled": True,
+        "share": 1.0,
+        "actor": "alice",
+        "reason": "test",
+    }
+    return log.append(channel, expected_revision=expected_revision, **{**fields, **more})
+
+
+@pytest.fixture(params=["local", "memory"])
+def log(request, tmp_path):
+    return ChannelLog(Location.open(tmp_path if request.param == "local" else "memory://"))
+
+
+def test_append_and_read(log):
+    first = append(log)
+    second = append(
+        log, expected_revision=1, artifact=None, strength=-0.5, share=0.25, enabled=False
+    )
+    assert (first.revision, second.revision) == (1, 2)
+    assert first.previous == ""
+    assert second.previous == sha256_hex(first.to_bytes())
+    assert log.head("prod") == second
+    assert log.entry("prod", 1) == first
+    assert log.history("prod") == [first, second]
+    assert log.history("prod", after=1) == [second]
+    assert log.history("prod", after=2) == []
+    assert log.names() == ["prod"]
+    log.verify("prod")
+    when = datetime.fromisoformat(first.time)
+    assert when.utcoffset() == timedelta(0)
+
+
+def test_head_sees_other_writers(log):
+    append(log)
+    reader = ChannelLog(log.location)
+    assert reader.head("prod").revision == 1
+    for revision in range(1, 5):
+        append(log, expected_revision=revision)
+    assert reader.head("prod").revision == 5
+
+
+def test_stale_writers_lose(log):
+    append(log)
+    append(log, expected_revision=1, actor="bob", reason="mine")
+    with pytest.raises(Conflict, match="'bob' made revision 2") as caught:
+        append(log, expected_revision=1)
+    assert caught.value.kind == "revision_taken"
+    for revision in (0, 7):
+        with pytest.raises(Conflict):
+            append(log, expected_revision=revision)
+    assert log.head("prod").actor == "bob"
+
+
+def test_the_same_change_may_be_sent_again(log):
+    """A bucket may have stored an entry although its reply was lost."""
+    append(log, time="2026-11-21T18:40:00Z")
+    again = append(log, time="2026-11-21T18:40:00Z")
+    assert again.revision == log.head("prod").revision == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("artifact", "a" * 63),
+        ("artifact", "A" * 64),
+        ("artifact", "a" * 64 + "\n"),
+        ("strength", float("nan")),
+        ("strength", float("inf")),
+        ("strength", "1"),
+        ("share", -0.01),
+        ("share", 1.01),
+        ("share", float("nan")),
+        ("enabled", 1),
+        ("actor", ""),
+        ("reason", None),
+        ("time", "yesterday"),
+        ("time", "2026-11-21"),
+        ("time", "2026-11-21T18:40:00+01:00"),
+        ("time", "2026-13-21T18:40:00Z"),
+        ("expected_revision", -1),
+        ("expected_revision", -2),
+    ],
+)
+def test_bad_entries_are_refused(log, field, value):
+    with pytest.raises(InvalidInput) as caught:
+        append(log, **{field: value})
+    assert caught.value.kind == "channel_entry"
+    assert log.names() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["", "A", "-a", ".a", "a/b", "..", "a" * 64, "a\n", "é", "a.", None]
+)
+def test_bad_names_are_refused(log, name):
+    for call in (
+        lambda: append(log, name),
+        lambda: log.head(name),
+        lambda: log.history(name),
+        lambda: log.verify(name),
+        lambda: log.entry(name, 1),
+    ):
+        with pytest.raises(InvalidInput) as caught:
+            call()
+        assert caught.value.kind == "channel_name"
+
+
+def test_absent(log):
+    append(log)
+    for call, kind in (
+        (lambda: log.head("dev"), "no_channel"),
+        (lambda: log.verify("dev"), "no_channel"),
+        (lambda: log.entry("prod", 2), "no_revision"),
+    ):
+        with pytest.raises(NotFound) as caught:
+            call()
+        assert caught.value.kind == kind
+    assert log.history("dev") == []
+
+
+def test_altered_logs_are_found(log):
+    for revision in range(4):
+        append(log, expected_revision=revision)
+    key = "channels/prod/00000002.json"
+    whole = log.location.get(key)
+
+    changed = json.loads(whole) | {"strength": 9}
+    log.location.replace(key, ChannelEntry.model_validate(changed).to_bytes())
+    with pytest.raises(Corrupt, match="revision 3") as caught:
+        log.verify("prod")
+    assert caught.value.kind == "channel_chain"
+
+    log.location.replace(key, whole.replace(b":2,", b":3,"))
+    with pytest.raises(Corrupt):
+        log.verify("prod")
+    with pytest.raises(Corrupt):
+        log.entry("prod", 2)
+
+    log.location.replace(key, whole + b" ")
+    with pytest.raises(Corrupt):
+        log.history("prod")
+
+    log.location.replace(key, whole[:-5])
+    with pytest.raises(Corrupt, match="00000002"):
+        log.verify("prod")
+
+    log.location.delete(key)
+    with pytest.raises(Corrupt, match="revision 2 is gone, the log goes to 4") as caught:
+        log.verify("prod")
+    assert caught.value.kind == "channel_gap"
+
+    log.location.replace(key, whole)
+    log.verify("prod")
+
+
+class ChannelMachine(RuleBasedStateMachine):
+    """Two logs over one location must behave as one dictionary of lists."""
+
+    names = st.sampled_from(["prod", "dev"])
+
+    @initialize()
+    def open(self):
+        root = Location.open("memory://")
+        self.logs = [ChannelLog(root), ChannelLog(root)]
+        self.model: dict[str, list[ChannelEntry]] = {}
+
+    @rule(
+        which=st.integers(0, 1),
+        channel=names,
+        lag=st.sampled_from([0, 0, 0, 1, 2, -1]),
+        strength=st.floats(-1e300, 1e300),
+        share=st.floats(0, 1),
+        artifact=st.none() | st.just("b" * 64),
+        enabled=st.booleans(),
+        reason=st.text(st.characters(exclude_categories=["Cs"])),
+    )
+    def append(self, which, channel, lag, **fields):
+        entries = self.model.setdefault(channel, [])
+        expected = len(entries) - lag
+        if expected < 0:
+            return
+        log = self.logs[which]
+        if lag:
+            with pytest.raises(Conflict):
+                log.append(channel, expected_revision=expected, actor="a", **fields)
+            return
+        entry = log.append(channel, expected_revision=expected, actor="a", **fields)
+        assert {name: getattr(entry, name) for name in fields} == fields
+        entries.append(entry)
+
+    @rule(which=st.integers(0, 1), channel=names, after=st.integers(0, 5))
+    def read(self, which, channel, after):
+        entries = self.model.get(channel, [])
+        log = self.logs[which]
+        assert log.history(channel, after=after) == entries[after:]
+        if entries:
+            assert log.head(channel) == entries[-1]
+            log.verify(channel)
+        else:
+            with pytest.raises(NotFound):
+                log.head(channel)
+
+    @invariant()
+    def same_names(self):
+        wanted = sorted(name for name, entries in self.model.items() if entries)
+        assert self.logs[0].names() == wanted
+
+
+TestChannelMachine = ChannelMachine.TestCase
+TestChannelMachine.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+
+
+RACE = """
+import sys
+from store.channels import ChannelLog
+from store.errors import Conflict, NotFound
+from store.location import Location
+log = ChannelLog(Location.open(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(15):
+    while True:
+        try:
+            revision = log.head("prod").revision
+        except NotFound:
+            revision = 0
+        try:
+            log.append("prod", expected_revision=revision, artifact=None, strength=number,
+                       enabled=True, share=1, actor=sys.argv[2], reason="race")
+            break
+        except Conflict:
+            pass
+"""
+
+
+def test_racing_processes_lose_no_update(tmp_path):
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, tmp_path, name],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in "abcd"
+    ]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    for racer in racers:
+        racer.communicate()
+        assert racer.returncode == 0
+    log = ChannelLog(Location.open(tmp_path))
+    log.verify("prod")
+    history = log.history("prod")
+    assert [entry.revision for entry in history] == list(range(1, 61))
+    for name in "abcd":
+        assert [e.strength for e in history if e.actor == name] == list(range(15))
