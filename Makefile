@@ -1,0 +1,66 @@
+# `make demo` and `make test` set up everything they need; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+
+.PHONY: help demo test lint types contracts unit test-faults bench-real protos pins clean
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "steerage needs Python 3.11 to 3.13; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing steerage[pipeline] into $(VENV) (once; some minutes)"
+	$(PIP) install --constraint constraints.txt --editable '.[pipeline]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing steerage[dev] into $(VENV) (once; some minutes)"
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## The main job, end to end, on the pocket model
+	$(BIN)/python examples/demo.py
+
+test: lint types contracts unit  ## Lint, types, import contracts and tests (under 15 minutes)
+
+lint: $(VENV)/.dev  ## Style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev  ## Types, strictly
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev  ## Who may import whom, and whether the stubs are fresh
+	$(BIN)/lint-imports
+	$(BIN)/python protos/generate.py --check
+
+unit: $(VENV)/.dev  ## Tests, without the slow ones
+	$(BIN)/pytest -m 'not faults'
+
+test-faults: $(VENV)/.dev  ## Kill -9 and the whole demo, on real processes (minutes)
+	$(BIN)/pytest -m faults --timeout 1200
+
+STEERAGE_SHARED ?= ../shared
+bench-real: $(VENV)/.demo  ## A real model and a real data set; wants STEERAGE_SHARED=FOLDER
+	$(BIN)/python benchmarks/real_input.py --model $(STEERAGE_SHARED)/models/stories260K \
+		--questions $(STEERAGE_SHARED)/data/coordinate-other-ais.jsonl
+
+protos: $(VENV)/.dev  ## Generate the gRPC stubs anew
+	$(BIN)/python protos/generate.py
+
+pins:  ## Renew constraints.txt from the newest versions that pyproject.toml allows
+	rm -rf .venv-pins && $(PYTHON) -m venv .venv-pins
+	.venv-pins/bin/pip --quiet install 'torch==2.13.0' '.[dev]'
+	{ sed -n '/^#/p' constraints.txt; \
+	  .venv-pins/bin/pip freeze --exclude steerage | sed 's/+cpu//'; } > constraints.new
+	mv constraints.new constraints.txt && rm -rf .venv-pins
+
+clean:  ## Remove what the demo and the tests have left
+	rm -rf steerage-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
