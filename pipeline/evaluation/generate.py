@@ -29,7 +29,7 @@ def generate(
     prompts: Sequence[ChatPrompt],
     *,
     max_new_tokens: int,
-    batch_size: int = 64,
+    batch_size: int = 128,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """Answer prompts greedily, several at a time.

@@ -1,0 +1,176 @@
+"""Figures of a report, each drawn for a light and a dark page.
+
+Colours are Okabe and Ito's set and the map `cividis`, which people with any common colour
+blindness can tell apart; the dark drawing changes ink and paper, never the data's colours.
+
+Shapes: L layers, H heads.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+COLOURS: Final = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00")
+GREY: Final = "#8a8a8a"
+_INK: Final = {"light": "#1c2733", "dark": "#e6e9ee"}
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """One figure in two inks.
+
+    Attributes:
+        light: SVG text for a light page.
+        dark: SVG text for a dark page.
+        alt: What it shows, for those who do not see it.
+    """
+
+    light: str
+    dark: str
+    alt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line with intervals.
+
+    Attributes:
+        label: For the legend.
+        x: Strengths.
+        y: Shares in points.
+        low, high: Ends of the intervals.
+        is_control: Controls are grey and dashed.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    is_control: bool = False
+
+
+def heat_map(auroc_LH: NDArray[Any], layers: Sequence[int], title: str) -> Drawing:
+    """AUROC of every head: layers down, heads across, the value written in each cell."""
+    num_layers, num_heads = auroc_LH.shape
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(auroc_LH, cmap="cividis", vmin=0.5, vmax=1.0, aspect="auto")
+        axes.set_xticks(range(num_heads))
+        axes.set_yticks(range(num_layers), [str(layer) for layer in layers])
+        axes.set_xlabel("head")
+        axes.set_ylabel("layer")
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        # Numbers are readable up to about 32 heads; larger maps show colour alone.
+        if num_heads <= 32:
+            for (layer, head), value in np.ndenumerate(auroc_LH):
+                ink = "#111111" if value > 0.75 else "#f4f4f4"
+                text = f"{value:.2f}".removeprefix("0")
+                axes.text(head, layer, text, ha="center", va="center", color=ink, fontsize=8)
+        bar = figure.colorbar(image, ax=axes, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.set_label("AUROC, held out")
+        axes.set_title(title, loc="left")
+
+    best = np.unravel_index(np.nanargmax(auroc_LH), auroc_LH.shape)
+    alt = (
+        f"{title}. Best: layer {layers[int(best[0])]} head {int(best[1])}, {auroc_LH[best]:.3f}; "
+        f"median {np.nanmedian(auroc_LH):.3f}."
+    )
+    return _both(draw, (7.2, 1.4 + 0.36 * num_layers), alt)
+
+
+def layer_bars(auroc_L: NDArray[Any], layers: Sequence[int], title: str) -> Drawing:
+    """AUROC of every layer of the residual stream."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.bar(range(len(layers)), auroc_L - 0.5, bottom=0.5, color=COLOURS[1], width=0.7)
+        for i, value in enumerate(auroc_L):
+            axes.text(i, value + 0.01, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
+        axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+        axes.set_ylim(min(0.5, float(np.nanmin(auroc_L))) - 0.02, 1.08)
+        axes.axhline(0.5, color=GREY, linewidth=1)
+        axes.set_xlabel("layer (its output, resid_post)")
+        axes.set_ylabel("AUROC, held out")
+        _bare(axes)
+        axes.set_title(title, loc="left")
+
+    values = ", ".join(f"{n}: {v:.2f}" for n, v in zip(layers, auroc_L, strict=True))
+    return _both(draw, (7.2, 2.6), f"{title}. By layer {values}.")
+
+
+def strength_curve(lines: Sequence[Line], chosen: Sequence[float], title: str) -> Drawing:
+    """Shares by strength with 95 % intervals; upright lines mark the chosen strengths."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for strength in chosen:
+            axes.axvline(strength, color=GREY, linewidth=1, linestyle=":")
+        colours = iter(COLOURS)
+        for line in lines:
+            colour = GREY if line.is_control else next(colours)
+            style = {"linestyle": "--", "linewidth": 1.4} if line.is_control else {"linewidth": 2.2}
+            axes.plot(line.x, line.y, color=colour, marker="o", ms=4, label=line.label, **style)
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0)
+        axes.set_ylim(-3, 103)
+        axes.set_xlabel("strength (1 = the whole difference of means)")
+        axes.set_ylabel("share of answers, %")
+        _bare(axes)
+        axes.set_title(title, loc="left")
+        axes.legend(
+            frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2
+        )
+
+    alt = (
+        title
+        + ". "
+        + "; ".join(
+            f"{line.label}: {line.y[0]:.0f} % at {line.x[0]:+g}, "
+            f"{line.y[-1]:.0f} % at {line.x[-1]:+g}"
+            for line in lines
+        )
+    )
+    return _both(draw, (7.2, 4.2), alt)
+
+
+def _bare(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", alpha=0.2)
+
+
+def _both(draw: Callable[[Figure], None], size: tuple[float, float], alt: str) -> Drawing:
+    drawn = {}
+    for theme, ink in _INK.items():
+        settings: Any = {
+            "text.color": ink,
+            "axes.labelcolor": ink,
+            "axes.edgecolor": ink,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "xtick.color": ink,
+            "ytick.color": ink,
+            "font.size": 10,
+            "svg.hashsalt": "steerage",
+        }
+        with mpl.rc_context(settings):
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure)
+            sink = io.StringIO()
+            # No date in the metadata: the same numbers give the same file.
+            figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
+        text = sink.getvalue()
+        drawn[theme] = text[text.index("<svg") :]
+    return Drawing(drawn["light"], drawn["dark"], alt)
