@@ -22,7 +22,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +33,7 @@ from pipeline.extraction.models import load_model, load_tokenizer
 from pipeline.prompts.plan import plan
 from pipeline.reduction.artifacts import build_artifact
 from pipeline.reduction.results import Reduction, reduction_digest
+from pipeline.report.environment import environment
 from steering_service.adapters.transformers import steered
 from store.location import Location
 
@@ -80,9 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="steerage-real-") as folder:
         result = {
             "benchmark": "real_input",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "ray": version("ray"),
+            "environment": environment(),
             **gender(arguments.model.resolve(), Path(folder)),
             **coordination(arguments.model.resolve(), arguments.questions.resolve(), Path(folder)),
         }

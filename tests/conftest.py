@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+# No test is timed: a busy machine must not fail one.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -79,6 +84,9 @@ def build_config(family: str, **changes: Any) -> Any:
             config = transformers.Qwen3Config(**sizes | wide | changes)
         case "gemma2":
             config = transformers.Gemma2Config(**sizes | wide | {"sliding_window": 5} | changes)
+        case "gemma3-bidirectional":
+            gemma = wide | {"use_bidirectional_attention": True}
+            config = transformers.Gemma3TextConfig(**sizes | gemma | changes)
         case "phi3":
             config = transformers.Phi3Config(**sizes | changes)
         case "mixtral":

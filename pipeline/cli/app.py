@@ -65,12 +65,14 @@ def main() -> None:
             raise
         print(f"steerage: {error}\n({error.kind}; -v shows more)", file=sys.stderr)
         sys.exit(3 if isinstance(error, (GateRefused, Refused)) else 1)
-    except KeyboardInterrupt:
-        print(
-            "steerage: interrupted; what is finished is kept, run it again to go on",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    except SystemExit as ending:
+        # typer turns Ctrl-C into this, and says nothing.
+        if ending.code == 130:
+            print(
+                "steerage: interrupted; what is finished is kept, run it again to go on",
+                file=sys.stderr,
+            )
+        raise
     except Exception as error:
         if os.environ.get("STEERAGE_TRACEBACK"):
             raise

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from pipeline.cli.app import app
 from pipeline.cli.options import (
@@ -20,6 +21,7 @@ from pipeline.cli.options import (
     show,
     stderr,
     stdout,
+    where,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def plan(run_file: RunPath, store: StoreUrl = DEFAULT_STORE, as_json: AsJson = F
     that prompts.max_quarantined allows.
     """
     _, _, planned = planning(run_file, store)
-    show(planned.summary(), as_json, "Plan")
+    show(planned.summary() | {"cache": where(planned.cache.location)}, as_json, "Plan")
 
 
 @app.command()
@@ -94,11 +96,11 @@ def planning(run_file: Path, store: str) -> tuple[RunFile, Location, Plan]:
     with stderr.status("planning: reading and tokenising prompts"):
         planned = plans.plan(run, root)
     for row in planned.quarantined[:10]:
-        stderr.print(f"[yellow]left out[/] {row}", highlight=False)
+        stderr.print(f"[yellow]left out[/] {escape(str(row))}", highlight=False)
     if len(planned.quarantined) > 10:
         stderr.print(
             f"[yellow]left out[/] {len(planned.quarantined) - 10} more; all are in "
-            f"{planned.cache.location.url}/{plans.QUARANTINE_FILE}"
+            f"{where(planned.cache.location)}/{plans.QUARANTINE_FILE}"
         )
     return run, root, planned
 
@@ -135,7 +137,7 @@ def extracting(
         "parity_worst": result.parity.worst if result.parity else None,
         "parity_site": result.parity.worst_site if result.parity else None,
         "quarantined": len(planned.quarantined),
-        "cache": cache.location.url,
+        "cache": where(cache.location),
     }
 
 
@@ -167,7 +169,7 @@ def reduction_summary(reduction: Reduction, top: int) -> dict[str, Any]:
         "capture": reduction.capture_digest,
         "method": reduction.method,
         "rows": dict(reduction.counts),
-        "path": reduction.location.url,
+        "path": where(reduction.location),
     }
     for name, heads in (("best_layers", False), ("best_heads", True)):
         try:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from store.location import Location
 
 RunPath = Annotated[
     Path, typer.Argument(metavar="RUN.toml", help="Run file; see examples/ for some to start from.")
@@ -55,14 +57,15 @@ stdout = Console()
 
 
 def show(summary: Mapping[str, Any], as_json: bool, title: str) -> None:
-    """Print a result: a table for people or one JSON object for machines."""
+    """Print a result: lines for people or one JSON object for machines."""
     if as_json:
         print(json.dumps(summary, sort_keys=True))
         return
-    table = Table(title=title, show_header=False, title_justify="left", box=None, pad_edge=False)
+    # Not a table: a digest or a path that is cut or wrapped cannot be copied.
+    width = max(map(len, summary))
+    stdout.print(title, style="bold")
     for key, value in summary.items():
-        table.add_row(key, _text(value))
-    stdout.print(table)
+        stdout.print(f"  {key:<{width}}  {_text(value)}", soft_wrap=True, markup=False)
 
 
 def _text(value: Any) -> str:
@@ -73,6 +76,11 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return " × ".join(str(v) for v in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def where(location: Location) -> str:
+    """A location as a user would name it: a path on this machine, or a URL."""
+    return str(location.local_path() or location.url)
 
 
 @contextmanager

@@ -121,11 +121,25 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _load(kind: Any, path: Path, dtype: DtypeName, device: str) -> nn.Module:
-    model = _loaded(
-        path,
-        "model",
-        lambda: kind.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True),
-    )
+    # Its report would warn of the head that a body leaves out; what is missing is refused below.
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        model, report = _loaded(
+            path,
+            "model",
+            lambda: kind.from_pretrained(
+                path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True
+            ),
+        )
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    if absent := sorted(report["missing_keys"]):
+        raise InvalidInput(
+            f"model {os.fspath(path)!r}: {len(absent)} weights are not in its safetensors files, "
+            f"such as {absent[0]}; they would be random. Save the model again",
+            kind="model_weights",
+        )
     loaded: nn.Module = model.to(device).eval().requires_grad_(False)
     return loaded
 

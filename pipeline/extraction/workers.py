@@ -6,9 +6,10 @@ store itself and returns only a receipt.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from pipeline.extraction.engine import Engine
 from pipeline.extraction.models import DtypeName
 from pipeline.extraction.parity import Parity, check_parity
 from pipeline.prompts.plan import Plan, read_prompts
-from pipeline.ray_runtime import ray_session
+from pipeline.ray_runtime import OUR_ERRORS, ray_session
 from store.activations import ActivationCache
 from store.location import Location
 
@@ -70,8 +71,18 @@ class ShardWorker:
         self._layout = next(iter(self._cache.streams.values()))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Compute and commit one shard; see `Receipt` for what comes back."""
+        """Compute and commit one shard; see `Receipt` for what comes back.
+
+        An error of ours comes back as a value. If it were raised, Ray Data would put it under one
+        of its own, where it loses its cause, and write its advice into the message.
+        """
         shard = int(row["shard"])
+        try:
+            return asdict(self._compute(shard)) | {"error": b""}
+        except OUR_ERRORS as error:
+            return asdict(Receipt(shard, 0, 0, 0.0)) | {"error": pickle.dumps(error)}
+
+    def _compute(self, shard: int) -> Receipt:
         rows = self._layout.shard_rows(shard)
         start = time.perf_counter()
         values = self._engine.run_shard(self._prompts, rows, self._cache.capture["tokens_per_pack"])
@@ -82,12 +93,7 @@ class ShardWorker:
             for p in self._prompts
             if p.first_row < rows.stop and p.first_row + len(p.spans) > rows.start
         )
-        return {
-            "shard": shard,
-            "num_rows": len(rows),
-            "tokens": tokens,
-            "seconds": time.perf_counter() - start,
-        }
+        return Receipt(shard, len(rows), tokens, time.perf_counter() - start)
 
 
 def extract(
@@ -148,6 +154,8 @@ def extract(
                 num_gpus=1 if device == "cuda" else 0,
             )
             for row in receipts.iter_rows():
+                if error := row.pop("error"):
+                    raise pickle.loads(error)
                 receipt = Receipt(**row)
                 tokens += receipt.tokens
                 on_receipt(receipt)

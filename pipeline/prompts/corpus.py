@@ -5,6 +5,7 @@ A bad row is reported with its file, line and reason; it never stops a run by it
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import PromptsSection, Split
@@ -108,8 +110,14 @@ def read_corpus(section: PromptsSection) -> Corpus:
     hasher = hashlib.sha256()
     examples: list[Example] = []
     quarantined: list[Quarantined] = []
-    num_rows = 0
-    known: Format | None = None if section.format == "auto" else section.format
+    rows: list[tuple[str, int, dict[str, Any] | _BadRow]] = []
+    names = [path.name for path in section.files]
+    if len(set(names)) < len(names):
+        raise InvalidInput(
+            f"prompt files {', '.join(names)}: two have the same name, so their rows could not be "
+            "told apart; rename one",
+            kind="prompt_file",
+        )
     for path in section.files:
         try:
             raw = path.read_bytes()
@@ -118,23 +126,22 @@ def read_corpus(section: PromptsSection) -> Corpus:
                 f"prompt file {str(path)!r} cannot be read: {error.strerror}", kind="prompt_file"
             ) from error
         hasher.update(f"{path.name}\0".encode() + hashlib.sha256(raw).digest())
-        for line, row in _rows(path, raw):
-            num_rows += 1
-            try:
-                if isinstance(row, _BadRow):
-                    raise row
-                known = known or _detect(row)
-                examples.extend(_examples(row, known, section, f"{path.name}:{line}"))
-            except _BadRow as problem:
-                quarantined.append(Quarantined(path.name, line, str(problem)))
+        rows.extend((path.name, line, row) for line, row in _rows(path, raw))
+    known = _detect(rows) if section.format == "auto" else section.format
     if known is None:
-        first = f"; the first problem is {quarantined[0]}" if quarantined else "; they are empty"
         raise InvalidInput(
-            f"no row of {', '.join(str(p) for p in section.files)} tells the format{first}. "
+            f"no row of {', '.join(names)} tells the format: {_first(rows)}. "
             f"Expected one of the field sets {'; '.join(', '.join(f) for f in FIELDS.values())}",
             kind="prompt_format",
         )
-    return Corpus(examples, quarantined, num_rows, hasher.hexdigest(), known)
+    for file, line, row in rows:
+        try:
+            if isinstance(row, _BadRow):
+                raise row
+            examples.extend(_examples(row, known, section, f"{file}:{line}"))
+        except _BadRow as problem:
+            quarantined.append(Quarantined(file, line, str(problem)))
+    return Corpus(examples, quarantined, len(rows), hasher.hexdigest(), known)
 
 
 def check_quarantine(
@@ -166,12 +173,11 @@ def check_quarantine(
 def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any] | _BadRow]]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        table = pq.read_table(io.BytesIO(raw))
-        yield from enumerate(table.to_pylist(), start=1)
+        yield from _parquet_rows(path, raw)
     elif suffix == ".csv":
         yield from _csv_rows(path, raw)
     elif suffix in (".jsonl", ".ndjson"):
-        for line, text in enumerate(raw.splitlines(), start=1):
+        for line, text in enumerate(raw.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
             if text.strip():
                 yield line, _json_row(text)
     else:
@@ -185,9 +191,27 @@ def _json_row(text: bytes) -> dict[str, Any] | _BadRow:
         row = json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         return _BadRow(f"not UTF-8: {error.reason} at byte {error.start}")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        # ValueError beside JSONDecodeError: an integer of thousands of digits.
         return _BadRow(f"not JSON: {error}")
     return row if isinstance(row, dict) else _BadRow(f"not a JSON object but {type(row).__name__}")
+
+
+def _parquet_rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any] | _BadRow]]:
+    try:
+        table = pq.read_table(io.BytesIO(raw))
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidInput(
+            f"prompt file {str(path)!r} is not Parquet: {error}", kind="prompt_file"
+        ) from error
+    for line in range(1, len(table) + 1):
+        try:
+            # One by one: Arrow checks that text is UTF-8 only here.
+            row = table.slice(line - 1, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield line, _BadRow(f"not UTF-8: {error.reason} at byte {error.start}")
+        else:
+            yield line, row
 
 
 def _csv_rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any] | _BadRow]]:
@@ -215,23 +239,23 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= char <= "\udfff" for char in text)
 
 
-def _detect(row: dict[str, Any]) -> Format:
-    for name, fields in FIELDS.items():
-        if all(field in row for field in fields):
-            return name
-    raise _BadRow(
-        f"fields {', '.join(map(str, row))} are none of the known sets: "
-        + "; ".join(", ".join(fields) for fields in FIELDS.values())
-    )
+def _detect(rows: Sequence[tuple[str, int, dict[str, Any] | _BadRow]]) -> Format | None:
+    """The format of the first row that has the fields of one."""
+    for _, _, row in rows:
+        for name, fields in FIELDS.items():
+            if isinstance(row, dict) and all(field in row for field in fields):
+                return name
+    return None
 
 
 def _examples(
     row: dict[str, Any], known: Format, section: PromptsSection, where: str
 ) -> Sequence[Example]:
     prompt = _text(row, FIELDS[known][0])
-    pair = str(row.get("pair") or where)
+    group = _group(row)
+    pair = group or where
     # Split by the wording, not the line, so that a row keeps its split when others come or go.
-    split = _split(row.get("split"), str(row.get("pair") or prompt), section)
+    split = _split(row.get("split"), group or prompt, section)
     system = row.get("system") or section.system
     if system is not None:
         system = _text({"system": system}, "system")
@@ -242,6 +266,22 @@ def _examples(
         Example(f"{where}{sign}", pair, label, split, prompt, _text(row, field), system)
         for sign, label, field in (("+", True, positive_field), ("-", False, negative_field))
     ]
+
+
+def _first(rows: Sequence[tuple[str, int, dict[str, Any] | _BadRow]]) -> str:
+    """What the first row is, for a message."""
+    if not rows:
+        return "there are no rows"
+    file, line, row = rows[0]
+    what = row if isinstance(row, _BadRow) else f"fields {', '.join(map(str, row))}"
+    return f"the first is {file}:{line}: {what}"
+
+
+def _group(row: dict[str, Any]) -> str | None:
+    value = row.get("pair")
+    if isinstance(value, int):
+        return str(value)
+    return _text(row, "pair") if value else None
 
 
 def _text(row: dict[str, Any], field: str) -> str:
@@ -261,7 +301,14 @@ def _label(row: dict[str, Any], section: PromptsSection) -> bool:
     value = row.get("label")
     if value is None:
         raise _BadRow("field 'label' is missing")
+    if isinstance(value, float) and value.is_integer():
+        # Data frames turn a column of 0 and 1 with a gap into floats.
+        value = int(value)
+    if not isinstance(value, (str, int)):
+        raise _BadRow(f"field 'label' is {type(value).__name__}, expected text, 0/1 or a boolean")
     text = str(value).strip().lower()
+    if not text:
+        raise _BadRow("field 'label' is empty")
     if section.positive_label is not None:
         return text == section.positive_label.strip().lower()
     if text in _TRUE or text in _FALSE:

@@ -76,7 +76,6 @@ class Plan:
             "shards": self.cache.num_shards,
             "shards_missing": len(self.cache.missing()),
             "quarantined": len(self.quarantined),
-            "cache": self.cache.location.url,
         }
 
 
@@ -207,14 +206,14 @@ def shard_packs(
 def _with_rows(
     prompts: list[TokenizedPrompt], selection: str
 ) -> tuple[list[TokenizedPrompt], list[Quarantined]]:
-    kept, left_out = [], []
+    left_out = {}
     for prompt in prompts:
-        if row_spans(selection, len(prompt.token_ids)):
-            kept.append(prompt)
-        else:
+        if not row_spans(selection, len(prompt.token_ids)):
             reason = f"{len(prompt.token_ids)} tokens, too few for tokens = {selection!r}"
-            left_out.append(Quarantined(*prompt.example.source, reason))
-    return kept, left_out
+            source = prompt.example.source
+            left_out[source] = Quarantined(*source, reason)
+    # Like a pair of which one side is too long, the other side goes with it.
+    return [p for p in prompts if p.example.source not in left_out], list(left_out.values())
 
 
 def _layouts(run: RunFile, model: ModelInfo, num_rows: int) -> list[StreamLayout]:

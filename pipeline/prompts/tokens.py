@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 from pipeline.config import PromptsSection
 from pipeline.errors import InvalidInput
 from pipeline.prompts.corpus import Example, Quarantined
@@ -40,7 +42,7 @@ def tokenize(
         context: Longest input in tokens.
 
     Returns:
-        The prompts that fit, and the rows that do not.
+        The prompts that fit, and the rows that do not, or that the chat template refuses.
 
     Raises:
         InvalidInput: The run asks for a chat template and the tokenizer has none, or the tokenizer
@@ -58,20 +60,27 @@ def tokenize(
             "their text; save the model with a tokenizer.json",
             kind="tokenizer_slow",
         )
-    texts = [render(example, tokenizer, section) for example in examples]
-    if not texts:
-        return [], []
+    bad: dict[tuple[str, int], Quarantined] = {}
+    rendered: list[tuple[Example, str]] = []
+    for example in examples:
+        try:
+            rendered.append((example, render(example, tokenizer, section)))
+        except TemplateError as error:
+            # Such as a template without a system role.
+            bad[example.source] = Quarantined(*example.source, f"chat template: {error}")
+    if not rendered:
+        return [], list(bad.values())
     encoded = tokenizer(
-        texts,
+        [text for _, text in rendered],
         # A chat template writes its own special tokens.
         add_special_tokens=section.template == "none",
         return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,
     )
-    prompts, too_long = [], {}
-    for example, text, ids, offsets in zip(
-        examples, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    prompts = []
+    for (example, text), ids, offsets in zip(
+        rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
         if 0 < len(ids) <= context:
             spans = tuple((int(a), int(b)) for a, b in offsets)
@@ -79,9 +88,9 @@ def tokenize(
             continue
         file, line = example.source
         reason = f"{len(ids)} tokens, longer than the model's context of {context}"
-        too_long[file, line] = Quarantined(file, line, reason if ids else "no tokens")
-    kept = [prompt for prompt in prompts if prompt.example.source not in too_long]
-    return kept, list(too_long.values())
+        bad[file, line] = Quarantined(file, line, reason if ids else "no tokens")
+    kept = [prompt for prompt in prompts if prompt.example.source not in bad]
+    return kept, list(bad.values())
 
 
 def render(example: Example, tokenizer: Any, section: PromptsSection) -> str:

@@ -43,14 +43,14 @@ class Line:
     """A line with intervals.
 
     Attributes:
-        label: For the legend.
+        label: For the legend; None leaves the line out of it.
         x: Strengths.
         y: Shares in points.
         low, high: Ends of the intervals.
         is_control: Controls are grey and dashed.
     """
 
-    label: str
+    label: str | None
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float]
@@ -121,8 +121,10 @@ def strength_curve(lines: Sequence[Line], chosen: Sequence[float], title: str) -
         colours = iter(COLOURS)
         for line in lines:
             colour = GREY if line.is_control else next(colours)
-            style = {"linestyle": "--", "linewidth": 1.4} if line.is_control else {"linewidth": 2.2}
-            axes.plot(line.x, line.y, color=colour, marker="o", ms=4, label=line.label, **style)
+            if line.is_control:
+                axes.plot(line.x, line.y, "--", color=colour, linewidth=1.2, label=line.label)
+                continue
+            axes.plot(line.x, line.y, "o-", color=colour, ms=4, linewidth=2.2, label=line.label)
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0)
         axes.set_ylim(-3, 103)
         axes.set_xlabel("strength (1 = the whole difference of means)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Behaviour:
         lead: What the section shows, in a sentence or two with the figures.
         artifact: What was published.
         points: The direction's strength sweep.
-        control: The same sweep with random directions of the same norm.
+        control: By seed, the same suites with a random direction of the same norm.
         up, down: Strengths that were chosen on the validation split.
         answers: A few prompts side by side.
     """
@@ -53,7 +53,7 @@ class Behaviour:
     artifact: Artifact
     reduction: Reduction
     points: Sequence[Point]
-    control: Sequence[Point]
+    control: Mapping[int, Sequence[Point]]
     up: float
     down: float
     answers: Sequence[Answers]
@@ -102,8 +102,8 @@ def _section(behaviour: Behaviour) -> dict[str, Any]:
         "lead": behaviour.lead,
         "curve": strength_curve(
             [
-                *_lines(behaviour.points, "", is_control=False),
-                *_lines(behaviour.control, "random direction: ", is_control=True),
+                *_lines(behaviour.points),
+                *_control_lines(behaviour),
             ],
             [behaviour.down, behaviour.up],
             "What the strength does",
@@ -132,29 +132,40 @@ def _section(behaviour: Behaviour) -> dict[str, Any]:
     }
 
 
-def _lines(points: Sequence[Point], prefix: str, *, is_control: bool) -> list[Line]:
-    suites = list(dict.fromkeys(point.suite for point in points))
+def _lines(points: Sequence[Point]) -> list[Line]:
     lines = []
-    for suite in suites:
+    for suite in dict.fromkeys(point.suite for point in points):
         chosen = sorted((p for p in points if p.suite == suite), key=lambda p: p.strength)
         lines.append(
             Line(
-                f"{prefix}{suite}",
+                suite,
                 [p.strength for p in chosen],
                 [p.share for p in chosen],
                 [p.interval[0] for p in chosen],
                 [p.interval[1] for p in chosen],
-                is_control,
             )
         )
     return lines
+
+
+def _control_lines(behaviour: Behaviour) -> list[Line]:
+    """One line a seed and suite, through the plain model at 0; the legend names them once."""
+    plain = [point for point in behaviour.points if point.strength == 0]
+    lines = [
+        replace(line, label=None, is_control=True)
+        for points in behaviour.control.values()
+        for line in _lines([*points, *plain])
+    ]
+    return [replace(lines[0], label="random directions of the same norm"), *lines[1:]]
 
 
 def _curve_table(behaviour: Behaviour) -> dict[str, Any]:
     """The table behind the strength curve: a row a suite, a column a strength."""
     strengths = sorted({point.strength for point in behaviour.points})
     rows = []
-    for prefix, points in (("", behaviour.points), ("random direction: ", behaviour.control)):
+    sets = [("", behaviour.points)]
+    sets += [(f"random direction {seed}: ", points) for seed, points in behaviour.control.items()]
+    for prefix, points in sets:
         for suite in dict.fromkeys(point.suite for point in points):
             by_strength = {p.strength: p for p in points if p.suite == suite}
             rows.append((f"{prefix}{suite}", [by_strength.get(s) for s in strengths]))

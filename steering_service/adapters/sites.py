@@ -43,9 +43,10 @@ class ModelSites:
         """
         loaded: Any = model
         config = loaded.config.get_text_config()
-        decoder = loaded.get_decoder() if hasattr(loaded, "get_decoder") else None
-        # A decoder body has no decoder of its own: some versions return None there.
-        body: nn.Module = decoder if isinstance(decoder, nn.Module) else model
+        body: Any = loaded.get_decoder() if hasattr(loaded, "get_decoder") else model
+        # A decoder body has no decoder of its own, and some versions do not know every family's.
+        if body is None or body is model:
+            body = getattr(loaded, "base_model", model)
         lists = [
             (name, module)
             for name, module in body.named_modules()
@@ -78,7 +79,8 @@ class ModelSites:
         """Refuse a Site that this model does not have.
 
         Raises:
-            InvalidInput: Layer or head out of range, or a stream that is not supported yet.
+            InvalidInput: Layer or head out of range, a stream that is not supported yet, or no
+                attention output projection for ``z``.
         """
         if site.layer >= self.num_layers:
             raise InvalidInput(
@@ -94,6 +96,8 @@ class ModelSites:
                 f"site {site}: this version reads and edits resid_pre, resid_post and z",
                 kind="site_unsupported",
             )
+        if site.stream == "z":
+            self.output_projection(site.layer)
 
     def output_projection(self, layer: int) -> nn.Module:
         """The attention output projection of a block; its input is the stream ``z``.

@@ -168,7 +168,7 @@ class Steering:
             return
         values = kwargs.get("input_ids")
         if values is None:
-            values = kwargs.get("inputs_embeds", args[0] if args else None)
+            values = args[0] if args else kwargs.get("inputs_embeds")
         num_positions = int(values.shape[1]) if values is not None else 0
         self._prompt_T = num_positions if self._given_prompt_T is None else self._given_prompt_T
         # A new sequence begins: the only moment at which the deployment may change.
@@ -190,6 +190,7 @@ class Steering:
         """Put a deployment in the place of the one before; raises before anything has changed."""
         by_site: dict[Site, list[Intervention]] = {}
         if deployed.artifact is not None and deployed.strength != 0:
+            deployed.artifact.manifest.policy.check(deployed.strength)
             for item in deployed.artifact.interventions:
                 self._check(item)
                 by_site.setdefault(Site(item.site.stream, item.site.layer), []).append(item)

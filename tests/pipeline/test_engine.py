@@ -1,0 +1,190 @@
+"""Engine: what is gathered from packs equals one plain forward of each prompt alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from pipeline.errors import GateRefused
+from pipeline.extraction.engine import Engine
+from pipeline.extraction.parity import check_parity
+from pipeline.prompts.plan import Plan, PlannedPrompt, read_prompts
+from store.bfloat16 import to_float32
+
+# Where the blocks of the decoder body are, and the attention output projection in each.
+FAMILIES = {
+    "llama": ("layers", "self_attn.o_proj"),
+    "llama-wide-heads": ("layers", "self_attn.o_proj"),
+    "mistral-window": ("layers", "self_attn.o_proj"),
+    "qwen2": ("layers", "self_attn.o_proj"),
+    "qwen3": ("layers", "self_attn.o_proj"),
+    "gemma2": ("layers", "self_attn.o_proj"),
+    "phi3": ("layers", "self_attn.o_proj"),
+    "mixtral": ("layers", "self_attn.o_proj"),
+    "gpt-neox": ("layers", "attention.dense"),
+    "gpt2": ("h", "attn.c_proj"),
+}
+STREAMS = 'streams = ["resid_pre", "resid_post", "z"]\ntokens_per_pack = 300\n'
+
+
+def reference(body: Any, prompt: PlannedPrompt, family: str) -> dict[str, Any]:
+    """Float32 [L, T, W] by stream, from one forward of one prompt, with hooks of its own."""
+    list_name, projection = FAMILIES[family]
+    kept: dict[str, list[torch.Tensor]] = {"z": [], "last": []}
+    blocks = body.get_submodule(list_name)
+    handles = [
+        block.get_submodule(projection).register_forward_pre_hook(
+            lambda _m, args: kept["z"].append(args[0][0])
+        )
+        for block in blocks
+    ]
+    handles.append(
+        blocks[-1].register_forward_hook(
+            lambda _m, _a, out: kept["last"].append((out[0] if isinstance(out, tuple) else out)[0])
+        )
+    )
+    with torch.inference_mode():
+        ids = torch.tensor(prompt.token_ids)[None]
+        hidden = body(ids, output_hidden_states=True, use_cache=False).hidden_states
+    for handle in handles:
+        handle.remove()
+    states = [state[0] for state in hidden[:-1]]
+    return {
+        "resid_pre": torch.stack(states).float(),
+        # The last of hidden_states is after the final norm.
+        "resid_post": torch.stack([*states[1:], kept["last"][0]]).float(),
+        "z": torch.stack(kept["z"]).float(),
+    }
+
+
+def compute(planned: Plan, dtype: Any = "float32") -> dict[str, np.ndarray[Any, Any]]:
+    """Float32 [rows, L, W] by stream, shard by shard."""
+    cache = planned.cache
+    engine = Engine.load(planned.model.path, dtype, cache.streams, "cpu")
+    prompts = read_prompts(cache)
+    parts = []
+    for shard in range(cache.num_shards):
+        rows = next(iter(cache.streams.values())).shard_rows(shard)
+        parts.append(engine.run_shard(prompts, rows, cache.capture["tokens_per_pack"]))
+    return {name: to_float32(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+
+
+def worst_error(planned: Plan, family: str, got: Any, dtype: Any = torch.float32) -> float:
+    """Largest error of a row, relative to its norm."""
+    body = transformers.AutoModel.from_pretrained(planned.model.path, dtype=dtype).eval()
+    worst = 0.0
+    for prompt in read_prompts(planned.cache)[::5]:
+        wanted = reference(body, prompt, family)
+        for name, layout in planned.cache.streams.items():
+            for row, (start, stop) in enumerate(prompt.spans, start=prompt.first_row):
+                want = wanted[name][list(layout.layers), start:stop].mean(dim=1).numpy()
+                difference = np.linalg.norm(got[name][row] - want, axis=-1)
+                worst = max(worst, float((difference / np.linalg.norm(want, axis=-1)).max()))
+    return worst
+
+
+@pytest.mark.parametrize("tokens", ["last", "-2", "mean", "all"])
+@pytest.mark.parametrize("family", ["llama-wide-heads", "gpt2"])
+def test_every_selection_equals_plain_forwards(
+    make_model: Any, make_plan: Any, family: str, tokens: str
+) -> None:
+    planned = make_plan(make_model(family), capture=f'{STREAMS}tokens = "{tokens}"')
+    got = compute(planned)
+    assert got["z"].shape == (planned.num_rows, 3, 128 if family == "llama-wide-heads" else 64)
+    assert worst_error(planned, family, got) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_plain_forwards(make_model: Any, make_plan: Any, family: str) -> None:
+    planned = make_plan(make_model(family), capture=f'{STREAMS}tokens = "mean"')
+    assert worst_error(planned, family, compute(planned)) < 1e-5
+    prompts = read_prompts(planned.cache)
+    parity = check_parity(planned.model.path, "float32", planned.cache.streams, prompts, "cpu")
+    assert parity.worst < 1e-5
+    assert parity.num_prompts == 4
+
+
+def test_blocks_above_the_highest_wanted_layer_are_dropped(make_model: Any, make_plan: Any) -> None:
+    planned = make_plan(make_model("qwen2"), capture=f"{STREAMS}layers = [1, 0]")
+    engine = Engine.load(planned.model.path, "float32", planned.cache.streams, "cpu")
+    assert len(engine._body.layers) == 2
+    assert list(planned.cache.layout("z").layers) == [0, 1]
+    assert worst_error(planned, "qwen2", compute(planned)) < 1e-5
+
+
+def test_a_bfloat16_cache_holds_the_float32_values_rounded(make_model: Any, make_plan: Any) -> None:
+    exact = compute(make_plan(capture=STREAMS))
+    rounded = compute(make_plan(capture=f'{STREAMS}dtype = "bfloat16"'))
+    for name, values in exact.items():
+        expected = torch.tensor(values).bfloat16().float().numpy()
+        assert np.array_equal(rounded[name], expected)
+
+
+def test_a_bfloat16_model_is_within_the_tolerance_of_its_dtype(
+    make_model: Any, make_plan: Any
+) -> None:
+    planned = make_plan(make_model("llama", dtype="bfloat16"), capture='tokens = "mean"')
+    assert planned.cache.layout("z").dtype == "bfloat16"
+    got = compute(planned, "bfloat16")
+    assert 0 < worst_error(planned, "llama", got, torch.bfloat16) < 3e-2
+
+
+def test_packs_do_not_change_the_result(make_plan: Any) -> None:
+    many = compute(make_plan(capture="tokens_per_pack = 1"))
+    few = compute(make_plan(capture="tokens_per_pack = 100000"))
+    for name, values in many.items():
+        np.testing.assert_allclose(few[name], values, rtol=1e-4, atol=1e-5)
+
+
+def _poison(model: Any) -> None:
+    # One token's embedding, so that only prompts with an "8" are spoiled.
+    model.get_input_embeddings().weight[_TOKEN_OF_8] = float("nan")
+
+
+_TOKEN_OF_8 = 28
+
+
+def test_nan_is_refused_with_its_row_and_site(make_model: Any, make_plan: Any) -> None:
+    planned = make_plan(make_model("llama", edit=_poison), capture=STREAMS)
+    index = planned.cache.index().to_pylist()
+    with pytest.raises(
+        GateRefused, match=r"resid_post.0: activations of row (\d+) are NaN"
+    ) as caught:
+        compute(planned)
+    assert caught.value.kind == "activation_not_finite"
+    row = int(str(caught.value).split(" row ")[1].split()[0])
+    spoiled = [i for i, entry in enumerate(index) if "8" in _prompt_text(planned, entry)]
+    assert row == spoiled[0]
+    # The gate compares engine and model, which agree; the row is named by the shard.
+    prompts = [p for p in read_prompts(planned.cache) if _TOKEN_OF_8 in p.token_ids]
+    check_parity(planned.model.path, "float32", planned.cache.streams, prompts, "cpu")
+
+
+def _prompt_text(planned: Plan, entry: dict[str, Any]) -> str:
+    number = int(entry["prompt_id"].split(":")[1].rstrip("+-")) - 1
+    return str(number)
+
+
+def test_parity_refuses_a_model_in_which_padding_is_seen(make_model: Any, make_plan: Any) -> None:
+    # Gemma 3 can be saved as a text encoder that attends in both directions: then the padding on
+    # the right is seen by every token, and packs give something else than prompts alone.
+    planned = make_plan(make_model("gemma3-bidirectional"), capture='streams = ["resid_post"]')
+    prompts = read_prompts(planned.cache)
+    with pytest.raises(GateRefused, match=r"parity gate: at resid_post\.\d the engine") as caught:
+        check_parity(planned.model.path, "float32", planned.cache.streams, prompts, "cpu")
+    assert caught.value.kind == "parity"
+
+
+def test_parity_refuses_rows_of_another_layer(make_plan: Any) -> None:
+    planned = make_plan()
+    layout = planned.cache.layout("resid_post")
+
+    # A stream that is called resid_post, and is resid_pre where the engine looks.
+    shifted = {"resid_post": dataclasses.replace(layout, stream="resid_pre")}
+    with pytest.raises(GateRefused, match="parity gate: at resid_post"):
+        check_parity(planned.model.path, "float32", shifted, read_prompts(planned.cache), "cpu")
