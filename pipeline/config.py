@@ -1,10 +1,11 @@
 """Run files: TOML that says what is computed. Where and how it runs is said by flags.
 
-Every field here enters a digest, so two runs with equal run files and inputs share their results.
+What changes a result enters a digest, so two runs with equal run files and inputs share results.
 """
 
 from __future__ import annotations
 
+import datetime
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -50,6 +51,8 @@ class PromptsSection(_Section):
     close_turn: bool = False
     """Whether a completion is closed by the template's end of turn. HSI reads that token; CAA reads
     the answer letter of an open turn."""
+    date: datetime.date = datetime.date(2024, 7, 26)
+    """Today, for chat templates that write the date."""
     positive_label: str | None = None
     """labelled: the label that is the positive class, where labels are neither 0/1 nor booleans."""
     max_quarantined: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -59,9 +62,11 @@ class PromptsSection(_Section):
     """Shares of rows without a split of their own, by a hash of the pair."""
 
     @model_validator(mode="after")
-    def _shares(self) -> PromptsSection:
+    def _consistent(self) -> PromptsSection:
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share and test_share leave nothing to train on")
+        if self.template == "none" and (self.system is not None or self.close_turn):
+            raise ValueError('system and close_turn need template = "chat"')
         return self
 
 
@@ -103,8 +108,14 @@ class PublishSection(_Section):
     operation: Operation = "add"
     strength_unit: StrengthUnit = "direction"
     positions: Positions = "generated"
-    min_strength: float = -1.0
-    max_strength: float = 1.0
+    min_strength: Annotated[float, Field(allow_inf_nan=False)] = -1.0
+    max_strength: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PublishSection:
+        if self.min_strength > self.max_strength:
+            raise ValueError("min_strength is above max_strength")
+        return self
 
     @field_validator("sites")
     @classmethod
@@ -122,7 +133,7 @@ class RunFile(_Section):
     """One run, from prompts to artifact."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-    """Names the artifact and, unless another is given, the channel."""
+    """Names the artifact, for people."""
     model: ModelSection
     prompts: PromptsSection
     capture: CaptureSection = CaptureSection()

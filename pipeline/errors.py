@@ -10,6 +10,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from steering_service.core.errors import SteeringError
+from store.errors import StoreError
+
 
 class PipelineError(Exception):
     """Base of every error this package raises on purpose.
@@ -42,3 +47,7 @@ class GateRefused(PipelineError):
 
 def _rebuild(cls: type[PipelineError], message: str, kind: str) -> PipelineError:
     return cls(message, kind=kind)
+
+
+OUR_ERRORS: Final = (PipelineError, SteeringError, StoreError)
+"""What is raised on purpose, in any package: an explanation for a user, not a bug."""

@@ -8,13 +8,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from typing import Any, Final
+from typing import Any
 
-from pipeline.errors import PipelineError
-from steering_service.core.errors import SteeringError
-from store.errors import StoreError
-
-OUR_ERRORS: Final = (PipelineError, SteeringError, StoreError)
+from pipeline.errors import OUR_ERRORS
 
 
 @contextmanager
@@ -38,7 +34,8 @@ def ray_session(address: str | None, num_workers: int) -> Iterator[None]:
 
     started = not ray.is_initialized()
     if started:
-        settings: dict[str, Any] = {"address": address, "logging_level": logging.ERROR}
+        # With None, Ray would join whatever RAY_ADDRESS or an earlier `ray start` names.
+        settings: dict[str, Any] = {"address": address or "local", "logging_level": logging.ERROR}
         if address is None:
             settings |= {
                 "num_cpus": num_workers + 1,

@@ -89,6 +89,8 @@ class ActivationCache:
         streams: Sequence[StreamLayout],
         index: pa.Table,
         files: Mapping[str, bytes] | None = None,
+        *,
+        notes: Mapping[str, bytes] | None = None,
     ) -> ActivationCache:
         """Make an empty cache, or open the one that the same capture made before.
 
@@ -97,15 +99,18 @@ class ActivationCache:
             capture: The request, any JSON object.
             streams: Layouts that agree on num_rows and rows_per_shard.
             index: One row per array row.
-            files: More files to keep beside it, by name, such as the plan.
+            files: More files to keep beside it, by name, such as the plan. In a cache that exists
+                they must be the same: `*.parquet` as tables, the rest byte for byte.
+            notes: Files for people, such as a log of what was left out. Kept, never compared: a
+                cache that exists keeps the notes it has.
 
         Raises:
             InvalidInput: layouts disagree, the index has another number of rows, or a file name is
-                reserved.
+                reserved or given twice.
             Conflict: kind "cache_differs", the capture's cache exists with another layout, index or
                 file. Open it and use what it has, or put into the capture what made the difference.
         """
-        return cls.open(root, create_cache(root, capture, streams, index, files or {}))
+        return cls.open(root, create_cache(root, capture, streams, index, files or {}, notes or {}))
 
     @classmethod
     def open(cls, root: Location, digest: str) -> ActivationCache:

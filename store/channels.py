@@ -10,7 +10,9 @@ can be altered unseen.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
@@ -22,6 +24,7 @@ from store.records import Digest, Record, parse_record
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62})")
 _MAX_REVISION = 99_999_999  # eight digits, so that key order is revision order
+_ENTRY = re.compile(r"([0-9]{8})\.json")
 
 
 def _check_time(text: str) -> str:
@@ -163,36 +166,31 @@ class ChannelLog:
         """
         return self._parse(channel, revision, self._read(channel, revision))
 
-    def history(self, channel: str, *, after: int = 0) -> list[ChannelEntry]:
-        """Entries with revisions greater than `after`, in order; none for a channel that does not
-        exist.
-        """
-        prefix = f"channels/{_check_name(channel)}"
-        infos = self.location.list(prefix, after=_key(channel, after) if after > 0 else None)
-        return [self.entry(channel, _revision_of(info.key)) for info in infos]
+    def history(
+        self, channel: str, *, after: int = 0, limit: int | None = None
+    ) -> list[ChannelEntry]:
+        """Entries with revisions greater than `after`, in order, the first `limit` of them.
 
-    def names(self) -> list[str]:
-        """Names of the channels, sorted."""
-        return list(self.location.folders("channels"))
-
-    def verify(self, channel: str) -> None:
-        """Check the whole log: every revision there, each naming the bytes of the one before.
+        Reads these and the one before them, and checks that each names the bytes of its
+        predecessor; so an alteration of the newest entry alone is the only one it cannot see.
 
         Raises:
             NotFound: kind "no_channel".
+            InvalidInput: kind "out_of_range", the limit is below 1.
             Corrupt: kind "channel_gap" or "channel_chain", naming the first bad revision.
         """
-        last = self._last_listed(channel)
-        previous = ""
-        for revision in range(1, last + 1):
-            try:
-                data = self._read(channel, revision)
-            except NotFound as error:
-                message = (
-                    f"channel {channel!r}: revision {revision} is gone, the log goes to {last}; "
-                    "restore it"
-                )
-                raise Corrupt(message, kind="channel_gap") from error
+        if limit is not None and limit < 1:
+            raise InvalidInput(f"limit must be 1 or more, got {limit}", kind="out_of_range")
+        revisions = list(islice(self._revisions(channel, after=after), limit))
+        if not revisions:
+            self.head(channel)  # without a channel, this says so
+            return []
+        previous = self._sha256_before(channel, revisions[0], after=after)
+        entries = []
+        for expected, revision in enumerate(revisions, start=after + 1):
+            if revision != expected:
+                raise _gap(channel, expected, revision)
+            data = self._read(channel, revision)
             entry = self._parse(channel, revision, data)
             if entry.previous != previous:
                 message = (
@@ -202,18 +200,48 @@ class ChannelLog:
                     "restore the log"
                 )
                 raise Corrupt(message, kind="channel_chain")
+            entries.append(entry)
             previous = sha256_hex(data)
+        return entries
+
+    def names(self) -> list[str]:
+        """Names of the channels, sorted."""
+        return [name for name in self.location.folders("channels") if _is_name(name)]
+
+    def verify(self, channel: str) -> None:
+        """Check the whole log: every revision there, each naming the bytes of the one before.
+
+        Raises:
+            NotFound: kind "no_channel".
+            Corrupt: kind "channel_gap" or "channel_chain", naming the first bad revision.
+        """
+        self.history(channel)
 
     def _last_listed(self, channel: str) -> int:
         last = 0
-        for info in self.location.list(f"channels/{_check_name(channel)}"):
-            last = _revision_of(info.key)
+        for revision in self._revisions(channel):
+            last = revision
         if not last:
             message = (
                 f"no channel {channel!r} in {self.location.url}; create it, or look at names()"
             )
             raise NotFound(message, kind="no_channel")
         return last
+
+    def _revisions(self, channel: str, *, after: int = 0) -> Iterator[int]:
+        """Revisions that lie in the store, ascending; other files in the folder do not count."""
+        prefix = f"channels/{_check_name(channel)}"
+        for info in self.location.list(prefix, after=_key(channel, after)):
+            if match := _ENTRY.fullmatch(info.key.removeprefix(f"{prefix}/")):
+                yield int(match[1])
+
+    def _sha256_before(self, channel: str, first: int, *, after: int) -> str:
+        if after == 0:
+            return ""
+        try:
+            return sha256_hex(self._read(channel, after))
+        except NotFound as error:
+            raise _gap(channel, after, first) from error
 
     def _read(self, channel: str, revision: int) -> bytes:
         try:
@@ -235,8 +263,12 @@ class ChannelLog:
         return entry
 
 
+def _is_name(channel: str) -> bool:
+    return _NAME.fullmatch(channel) is not None and not channel.endswith(".")
+
+
 def _check_name(channel: str) -> str:
-    if not isinstance(channel, str) or _NAME.fullmatch(channel) is None or channel.endswith("."):
+    if not isinstance(channel, str) or not _is_name(channel):
         message = (
             f"bad channel name {channel!r}: expected 1 to 63 of a-z, 0-9, dot, underscore and "
             "hyphen, beginning with "
@@ -253,5 +285,8 @@ def _key(channel: str, revision: int) -> str:
     return f"channels/{_check_name(channel)}/{revision:08d}.json"
 
 
-def _revision_of(key: str) -> int:
-    return int(key.rpartition("/")[2].removesuffix(".json"))
+def _gap(channel: str, revision: int, later: int) -> Corrupt:
+    message = (
+        f"channel {channel!r}: revision {revision} is gone, revision {later} is there; restore it"
+    )
+    return Corrupt(message, kind="channel_gap")

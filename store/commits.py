@@ -5,6 +5,7 @@ everywhere.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from store.shard import build_shard, decode_shard
 
 log = logging.getLogger(__name__)
 
+_RECORD = re.compile(r"([0-9]{8,})\.json")
+
 
 class CommitLog:
     """Writes the shards of one cache and tells which of them count.
@@ -37,9 +40,13 @@ class CommitLog:
         self._scratch = threading.local()
 
     def shards(self, stream: str) -> set[int]:
-        """Shards of a stream that have a record; one listing."""
-        infos = self.location.list(f"_commits/{stream}")
-        return {int(info.key.rpartition("/")[2].removesuffix(".json")) for info in infos}
+        """Shards of a stream that have a record; one listing. Other files there do not count."""
+        shards = set()
+        for info in self.location.list(f"_commits/{stream}"):
+            match = _RECORD.fullmatch(info.key.rpartition("/")[2])
+            if match and info.key == _record_key(stream, int(match[1])):
+                shards.add(int(match[1]))
+        return shards
 
     def read(self, layout: StreamLayout, shard: int) -> CommitRecord:
         """The record of a shard.

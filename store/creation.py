@@ -28,9 +28,10 @@ def create_cache(
     streams: Sequence[StreamLayout],
     index: pa.Table,
     files: Mapping[str, bytes],
+    notes: Mapping[str, bytes],
 ) -> str:
     """Write a cache's files, capture.json last; the digest. See `ActivationCache.create`."""
-    _check(streams, index, files)
+    _check(streams, index, files, notes)
     request = canonical_json(dict(capture))
     digest = sha256_hex(request)
     location = root.child(f"caches/{digest}")
@@ -40,7 +41,8 @@ def create_cache(
     if not location.exists("capture.json"):
         sink = pa.BufferOutputStream()
         pq.write_table(index, sink, compression="zstd")
-        for name, data in {**files, INDEX: sink.getvalue().to_pybytes(), **metadata}.items():
+        encoded = {INDEX: sink.getvalue().to_pybytes()}
+        for name, data in {**files, **notes, **encoded, **metadata}.items():
             _stage(location, name, data)
         location.put_same("capture.json", request)
     _check_same(location, metadata, index, files)
@@ -76,7 +78,12 @@ def open_cache(root: Location, digest: str) -> tuple[dict[str, Any], dict[str, S
     return json.loads(request), layouts
 
 
-def _check(streams: Sequence[StreamLayout], index: pa.Table, files: Mapping[str, bytes]) -> None:
+def _check(
+    streams: Sequence[StreamLayout],
+    index: pa.Table,
+    files: Mapping[str, bytes],
+    notes: Mapping[str, bytes],
+) -> None:
     if not streams:
         raise InvalidInput("a cache needs at least one stream", kind="layout")
     names = [layout.stream for layout in streams]
@@ -94,7 +101,9 @@ def _check(streams: Sequence[StreamLayout], index: pa.Table, files: Mapping[str,
             f"{index.num_rows}"
         )
         raise InvalidInput(message, kind="index")
-    for name in files:
+    if twice := sorted(files.keys() & notes.keys()):
+        raise InvalidInput(f"{twice} are given as files and as notes; choose", kind="file_name")
+    for name in (*files, *notes):
         if check_key(name).partition("/")[0] in {*_RESERVED, *names}:
             raise InvalidInput(f"file name {name!r} is reserved; choose another", kind="file_name")
 
@@ -112,16 +121,28 @@ def _check_same(
     location: Location, metadata: Mapping[str, bytes], index: pa.Table, files: Mapping[str, bytes]
 ) -> None:
     """A cache that existed must be the one asked for, or shards of two plans would mix in it."""
-    for name, data in {**metadata, **files}.items():
+    wanted: dict[str, bytes | pa.Table] = {**metadata, **files, INDEX: index}
+    for name, content in wanted.items():
         try:
-            same = location.get(name) == data
+            found = location.get(name)
         except NotFound:
-            same = False
-        if not same:
+            raise _differs(location, name) from None
+        if found != content and not (name.endswith(".parquet") and _same_table(found, content)):
             raise _differs(location, name)
-    # Parquet bytes depend on the library's version, so the tables are compared.
-    if not pq.read_table(pa.BufferReader(location.get(INDEX))).equals(index):
-        raise _differs(location, INDEX)
+
+
+def _same_table(found: bytes, wanted: bytes | pa.Table) -> bool:
+    """Whether two Parquet files hold the same rows: their bytes depend on the library's version."""
+    try:
+        table = _read(wanted) if isinstance(wanted, bytes) else wanted
+        same: bool = _read(found).equals(table)
+    except (pa.ArrowException, OSError):  # one of them is no Parquet, or damaged
+        return False
+    return same
+
+
+def _read(data: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data))
 
 
 def _differs(location: Location, name: str) -> Conflict:

@@ -11,6 +11,7 @@ store that is compromised could not be trusted with the answer.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from store.digest import canonical_json, check_digest, sha256_hex
@@ -18,6 +19,7 @@ from store.errors import Conflict, Corrupt, InvalidInput, NotFound
 from store.location import Location
 
 _MAX_PAGE = 1000
+_MANIFEST = re.compile(r"artifacts/([0-9a-f]{64})/manifest\.json")
 
 
 class Registry:
@@ -152,9 +154,8 @@ class Registry:
             raise InvalidInput(f"limit must be 1 to {_MAX_PAGE}, got {limit}", kind="out_of_range")
         digests: list[str] = []
         for info in self.location.list("artifacts", after=_signature_key(after) if after else None):
-            _, digest, name = info.key.split("/")
-            if name == "manifest.json":
-                digests.append(digest)
+            if match := _MANIFEST.fullmatch(info.key):  # whatever else lies there does not count
+                digests.append(match[1])
                 if len(digests) == limit:
                     break
         return digests

@@ -3,8 +3,8 @@
 A shard is inner chunks, each followed by its crc32c, then an index. Zarr lets the chunks lie in any
 order; here they lie layer by layer, so that one layer of one shard is one contiguous range.
 Building the bytes ourselves costs one copy and the checksums, about what writing the file costs:
-half of what tensorstore takes for the same bytes, less than that of zarr-python (docs/STORE.md,
-section 1).
+half of what tensorstore takes for the same bytes, less than that of zarr-python
+(docs/adr/0002-shard-bytes-of-our-own.md).
 
 Shapes: R rows of the shard, L layers, W width, C chunks a layer in a full shard, P of them present.
 """

@@ -9,17 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from pipeline.errors import GateRefused, PipelineError
-from steering_service.core.errors import Refused, SteeringError
-from store.errors import StoreError
-
-STEERAGE_ERRORS: Final = (PipelineError, SteeringError, StoreError)
+from pipeline.errors import OUR_ERRORS, GateRefused
+from steering_service.core.errors import Refused
 
 app = typer.Typer(
     name="steerage",
@@ -60,7 +57,7 @@ def main() -> None:
 
     try:
         app()
-    except STEERAGE_ERRORS as error:
+    except OUR_ERRORS as error:
         if os.environ.get("STEERAGE_TRACEBACK"):
             raise
         print(f"steerage: {error}\n({error.kind}; -v shows more)", file=sys.stderr)

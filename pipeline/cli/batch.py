@@ -13,6 +13,7 @@ from pipeline.cli.app import app
 from pipeline.cli.options import (
     DEFAULT_STORE,
     AsJson,
+    Device,
     RayAddress,
     RunPath,
     StoreUrl,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from store.location import Location
 
 _CPUS = max(1, os.cpu_count() or 1)
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda; a worker takes a whole GPU.")]
 
 
 @app.command()

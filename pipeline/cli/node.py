@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from pipeline.cli.app import app
-from pipeline.cli.options import DEFAULT_ADDRESS, AsJson, ServiceAddress, stderr, stdout
-from pipeline.errors import NotFound
+from pipeline.cli.options import DEFAULT_ADDRESS, AsJson, ServiceAddress, print_json, stderr, stdout
+from pipeline.errors import GateRefused, NotFound
 
 
 @app.command()
@@ -48,7 +49,7 @@ def steer(
     """
     from pipeline.evaluation.generate import ChatPrompt, generate
     from pipeline.extraction.models import ModelInfo, load_model, load_tokenizer
-    from steering_service.adapters.transformers import steered
+    from steering_service.adapters.transformers import fits, steered
     from steering_service.client.subscription import Subscription
     from steering_service.core.signing import TrustRoots
 
@@ -63,6 +64,7 @@ def steer(
         cache_dir=cache.expanduser(),
         trust_roots=TrustRoots.from_paths(trust),
         model_fingerprint=info.fingerprint,
+        check=fits(loaded),
     )
 
     def answer(text: str) -> None:
@@ -98,6 +100,12 @@ def _settle(subscription: Any, wait_s: float) -> None:
             break
         time.sleep(0.02)
     status, current = subscription.status, subscription.active.current
+    if current.revision == 0 and status.refused_revision is not None:
+        raise GateRefused(
+            f"channel {subscription.channel!r}: this node refuses revision "
+            f"{status.refused_revision}: {status.last_error}",
+            kind="assignment_refused",
+        )
     problem = status.last_error or "the channel has no entry yet; `steerage promote` makes one"
     if current.revision == 0:
         raise NotFound(
@@ -105,33 +113,30 @@ def _settle(subscription: Any, wait_s: float) -> None:
             kind="channel_silent",
         )
     stderr.print(
-        f"[yellow]running the last good revision {current.revision}[/]: {problem}", highlight=False
+        f"[yellow]running the last good revision {current.revision}[/]: {escape(problem)}",
+        highlight=False,
     )
 
 
 def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+    # Not input(), which would write its prompt to stdout, where the answers go.
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
 
 
 def _print_answer(prompt: str, reply: str, deployed: Any, as_json: bool) -> None:
     artifact = deployed.artifact.digest if deployed.artifact else None
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "prompt": prompt,
-                    "answer": reply,
-                    "artifact": artifact,
-                    "strength": deployed.strength,
-                    "revision": deployed.revision,
-                },
-                sort_keys=True,
-            ),
-            flush=True,
+        print_json(
+            {
+                "prompt": prompt,
+                "answer": reply,
+                "artifact": artifact,
+                "strength": deployed.strength,
+                "revision": deployed.revision,
+            }
         )
         return
     how = f"{artifact[:12]} at {deployed.strength:+g}" if artifact else "unsteered"
-    stdout.print(f"[dim]r{deployed.revision} {how}[/]  {reply}", highlight=False)
+    stdout.print(f"[dim]r{deployed.revision} {how}[/]  {escape(reply)}", highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import getpass
-import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from pipeline.cli.options import (
     RunPath,
     ServiceAddress,
     StoreUrl,
+    print_json,
     show,
     stderr,
     stdout,
@@ -82,6 +83,7 @@ def publish(
 @app.command()
 def promote(
     channel: Channel,
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept in the channel's log.")],
     artifact: Annotated[
         str | None, typer.Argument(help="Digest; without it the channel keeps its artifact.")
     ] = None,
@@ -94,7 +96,6 @@ def promote(
     on: Annotated[
         bool | None, typer.Option("--on/--off", help="Off: every node runs the plain model.")
     ] = None,
-    reason: Annotated[str, typer.Option("--reason", help="Why; kept in the channel's log.")] = "",
     actor: Annotated[
         str | None, typer.Option("--actor", help="Who; by default the login name.")
     ] = None,
@@ -138,15 +139,24 @@ def serve(
 ) -> None:
     """Run the steering service until Ctrl-C.
 
-    It keeps no state but the store, so any number may run over one store. Without TLS, which comes
+    It keeps no state but the store, so any number may run over one store. It logs JSON on stderr. Without TLS, which comes
     with a later release, it listens on loopback addresses only. Port 0 takes a free one.
     """
     from steering_service.core.signing import TrustRoots
     from steering_service.server.app import serve as run_server
+    from steering_service.server.logs import JsonFormatter
+
+    # A service's log is read by machines, and what nodes refuse is told nowhere else.
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    service_log = logging.getLogger("steering_service")
+    service_log.addHandler(handler)
+    service_log.setLevel(logging.INFO)
+    service_log.propagate = False
 
     def ready(bound: str) -> None:
         if as_json:
-            print(json.dumps({"address": bound}), flush=True)
+            print_json({"address": bound})
         else:
             stderr.print(f"serving {store} on {bound}; Ctrl-C stops", highlight=False)
 
@@ -159,7 +169,7 @@ def serve(
 def watch(
     channel: Channel, address: ServiceAddress = DEFAULT_ADDRESS, as_json: AsJson = False
 ) -> None:
-    """Print a channel's state now and at every change, until Ctrl-C."""
+    """Print a channel's state now and at every change, until Ctrl-C or the service ends."""
     from steering_service.client.operator import Operator
 
     with Operator(address) as operator:
@@ -194,11 +204,13 @@ def list_artifacts(address: ServiceAddress = DEFAULT_ADDRESS, as_json: AsJson = 
                 "sites": [record.site for record in manifest.interventions],
             }
             if as_json:
-                print(json.dumps(line, sort_keys=True))
+                print_json(line)
             else:
                 sites = " ".join(record.site for record in manifest.interventions)
                 stdout.print(
-                    f"{digest}  {manifest.name}  {manifest.model.name}  {sites}", soft_wrap=True
+                    f"{digest}  {manifest.name}  {manifest.model.name}  {sites}",
+                    soft_wrap=True,
+                    markup=False,
                 )
 
 
@@ -242,7 +254,7 @@ def _plain(entry: Any) -> dict[str, Any]:
 
 def _print_line(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(values, sort_keys=True), flush=True)
+        print_json(values)
         return
     artifact = (values["artifact"] or "none")[:12]
     state = "on " if values["enabled"] else "off"
@@ -252,4 +264,4 @@ def _print_line(values: dict[str, Any], as_json: bool) -> None:
     )
     if "actor" in values:
         line += f"  {values['time'][:19]}Z  {values['actor']}: {values['reason'] or '(no reason)'}"
-    stdout.print(line, highlight=False, soft_wrap=True)
+    stdout.print(line, highlight=False, soft_wrap=True, markup=False)

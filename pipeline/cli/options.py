@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -35,7 +36,11 @@ StoreUrl = Annotated[
     ),
 ]
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout, for machines.")
+    bool, typer.Option("--json", help="Print JSON on stdout, one object a line, for machines.")
+]
+Device = Annotated[
+    Literal["cpu", "cuda"],
+    typer.Option("--device", help="What workers compute on; each takes a whole GPU."),
 ]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Worker processes of a local Ray.")]
 RayAddress = Annotated[
@@ -59,13 +64,26 @@ stdout = Console()
 def show(summary: Mapping[str, Any], as_json: bool, title: str) -> None:
     """Print a result: lines for people or one JSON object for machines."""
     if as_json:
-        print(json.dumps(summary, sort_keys=True))
+        print_json(summary)
         return
     # Not a table: a digest or a path that is cut or wrapped cannot be copied.
     width = max(map(len, summary))
     stdout.print(title, style="bold")
     for key, value in summary.items():
         stdout.print(f"  {key:<{width}}  {_text(value)}", soft_wrap=True, markup=False)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One JSON object on one line of stdout; a number that JSON lacks (NaN) becomes null."""
+    print(json.dumps(_finite(values), sort_keys=True, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(value: Any) -> str:

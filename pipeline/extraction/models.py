@@ -25,6 +25,9 @@ DTYPES: Final[dict[DtypeName, torch.dtype]] = {
     "bfloat16": torch.bfloat16,
 }
 
+# Left out, transformers would ask on the terminal, and take a "y" from a pipe.
+_SAFE: Final = {"trust_remote_code": False, "local_files_only": True}
+
 _T = TypeVar("_T")
 
 # The bar that transformers draws for reading weights would tear ours.
@@ -61,7 +64,7 @@ class ModelInfo:
         """
         fingerprint = model_fingerprint(path)
         config: Any = _loaded(
-            path, "configuration", lambda: transformers.AutoConfig.from_pretrained(path)
+            path, "configuration", lambda: transformers.AutoConfig.from_pretrained(path, **_SAFE)
         )
         text = config.get_text_config()
         try:
@@ -117,7 +120,9 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         NotFound, InvalidInput: No folder, or no tokenizer in it.
     """
-    return _loaded(path, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(path))
+    return _loaded(
+        path, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(path, **_SAFE)
+    )
 
 
 def _load(kind: Any, path: Path, dtype: DtypeName, device: str) -> nn.Module:
@@ -129,7 +134,11 @@ def _load(kind: Any, path: Path, dtype: DtypeName, device: str) -> nn.Module:
             path,
             "model",
             lambda: kind.from_pretrained(
-                path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True
+                path,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+                **_SAFE,
             ),
         )
     finally:

@@ -15,11 +15,12 @@ from typing import Any, Final
 
 import torch
 
+from pipeline.errors import OUR_ERRORS, InvalidInput
 from pipeline.extraction.engine import Engine
 from pipeline.extraction.models import DtypeName
 from pipeline.extraction.parity import Parity, check_parity
 from pipeline.prompts.plan import Plan, read_prompts
-from pipeline.ray_runtime import OUR_ERRORS, ray_session
+from pipeline.ray_runtime import ray_session
 from store.activations import ActivationCache
 from store.location import Location
 
@@ -120,7 +121,15 @@ def extract(
 
     Raises:
         GateRefused: The parity gate failed, or activations are not finite.
+        InvalidInput: A local run on ``cuda``, and PyTorch sees no GPU here.
     """
+    if device == "cuda" and address is None and not torch.cuda.is_available():
+        # Ray would wait for a GPU for ever.
+        raise InvalidInput(
+            f"--device cuda: torch {torch.__version__} sees no GPU on this machine; "
+            "use --device cpu, or --ray ADDRESS for a cluster that has some",
+            kind="device",
+        )
     cache = planned.cache
     start = time.perf_counter()
     if cache.is_complete:
@@ -130,28 +139,24 @@ def extract(
     tokens = 0
     if missing:
         dtype: DtypeName = cache.capture["model"]["dtype"]
-        parity = check_parity(planned.model.path, dtype, cache.streams, read_prompts(cache), device)
+        where = (root.url, cache.digest, str(planned.model.path), dtype, device)
+        # Ray Data restarts a lost actor and retries its row without limit by default.
+        resources: dict[str, float] = {"num_cpus": 1, "num_gpus": int(device == "cuda")}
         with ray_session(address, num_workers):
             import ray
 
+            # On a worker: the driver may sit on a machine without the GPU, or the memory.
+            parity = ray.get(ray.remote(**resources)(_parity).remote(*where))
             work = ray.data.from_items(
                 [{"shard": shard} for shard in missing], override_num_blocks=len(missing)
             )
             receipts = work.map(
                 ShardWorker,
-                fn_constructor_args=(
-                    root.url,
-                    cache.digest,
-                    str(planned.model.path),
-                    dtype,
-                    device,
-                ),
+                fn_constructor_args=where,
                 compute=ray.data.ActorPoolStrategy(
                     min_size=1, max_size=min(num_workers, len(missing))
                 ),
-                # Ray Data restarts a lost actor and retries its row without limit by default.
-                num_cpus=1,
-                num_gpus=1 if device == "cuda" else 0,
+                **resources,
             )
             for row in receipts.iter_rows():
                 if error := row.pop("error"):
@@ -161,3 +166,9 @@ def extract(
                 on_receipt(receipt)
     cache.seal()
     return Extraction(parity, len(missing), tokens, time.perf_counter() - start)
+
+
+def _parity(store_url: str, digest: str, model: str, dtype: DtypeName, device: str) -> Parity:
+    torch.set_num_threads(_THREADS)
+    cache = ActivationCache.open(Location.open(store_url), digest)
+    return check_parity(Path(model), dtype, cache.streams, read_prompts(cache), device)

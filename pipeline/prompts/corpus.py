@@ -158,6 +158,11 @@ def check_quarantine(
         InvalidInput: More than `max_quarantined` of the rows are bad, or none is good.
     """
     num_bad = len(quarantined)
+    if num_rows == 0:
+        raise InvalidInput(
+            f"prompt files {', '.join(path.name for path in section.files)} hold no rows",
+            kind="prompt_rows",
+        )
     if num_good and num_bad <= section.max_quarantined * num_rows:
         return
     shown = "\n".join(f"  {row}" for row in quarantined[:10])
@@ -219,20 +224,17 @@ def _csv_rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any] | _B
     text = raw.decode("utf-8-sig", errors="surrogateescape")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     while True:
-        line = reader.line_num + 1
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, _BadRow(f"not CSV: {error}")
+            yield reader.line_num + 1, _BadRow(f"not CSV: {error}")
             continue
-        if any(
-            isinstance(v, str) and not v.isprintable() and _has_surrogate(v) for v in row.values()
-        ):
-            yield max(line, 2), _BadRow("not UTF-8")
-        else:
-            yield max(line, 2), row
+        # The line that the row begins on: it may have line breaks within quotes.
+        texts = [value for value in row.values() if isinstance(value, str)]
+        line = reader.line_num - sum(text.count("\n") for text in texts)
+        yield line, _BadRow("not UTF-8") if any(map(_has_surrogate, texts)) else row
 
 
 def _has_surrogate(text: str) -> bool:
@@ -259,6 +261,8 @@ def _examples(
     system = row.get("system") or section.system
     if system is not None:
         system = _text({"system": system}, "system")
+        if section.template == "none":
+            raise _BadRow("field 'system' needs template = \"chat\"")
     if known == "labelled":
         return [Example(where, pair, _label(row, section), split, prompt, None, system)]
     _, positive_field, negative_field = FIELDS[known]

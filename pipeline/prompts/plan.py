@@ -124,13 +124,20 @@ def plan(run: RunFile, root: Location) -> Plan:
         "tokens_per_pack": run.capture.tokens_per_pack,
         "rows_per_shard": layouts[0].rows_per_shard,
     }
-    files = {
-        PROMPTS_FILE: _parquet(table),
+    # Its reasons quote messages of libraries, so another version may word them otherwise.
+    notes = {
         QUARANTINE_FILE: b"".join(
             json.dumps(asdict(row), sort_keys=True).encode() + b"\n" for row in quarantined
-        ),
+        )
     }
-    cache = ActivationCache.create(root, capture, layouts, _index_table(prompts, spans), files)
+    cache = ActivationCache.create(
+        root,
+        capture,
+        layouts,
+        _index_table(prompts, spans),
+        {PROMPTS_FILE: _parquet(table)},
+        notes=notes,
+    )
     return Plan(
         cache=cache,
         model=model,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from jinja2.exceptions import TemplateError
 
 from pipeline.config import PromptsSection
 from pipeline.errors import InvalidInput
 from pipeline.prompts.corpus import Example, Quarantined
+
+_NOW: Final = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +106,22 @@ def render(example: Example, tokenizer: Any, section: PromptsSection) -> str:
     messages = [{"role": "user", "content": example.prompt}]
     if example.system is not None:
         messages.insert(0, {"role": "system", "content": example.system})
+    template = functools.partial(
+        tokenizer.apply_chat_template,
+        tokenize=False,
+        chat_template=_dated(tokenizer.get_chat_template(), section.date),
+        date_string=section.date.strftime("%d %b %Y"),
+    )
     if example.completion is not None and section.close_turn:
         messages.append({"role": "assistant", "content": example.completion})
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return f"{opened}{example.completion or ''}"
+        # ChatML ends with a line break behind the end of turn, which is the token that is wanted.
+        return str(template(messages)).rstrip()
+    return f"{template(messages, add_generation_prompt=True)}{example.completion or ''}"
+
+
+def _dated(template: str, date: datetime.date) -> str:
+    """A chat template with a fixed date: today's would make another capture every day."""
+    return _NOW.sub(lambda call: json.dumps(date.strftime(call[2])), template)
 
 
 def row_spans(selection: str, num_tokens: int) -> list[tuple[int, int]]:

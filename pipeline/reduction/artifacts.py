@@ -23,11 +23,10 @@ def build_artifact(
 
     Raises:
         NotFound: A site was not captured.
-        InvalidInput: No layer or head to choose from.
+        InvalidInput: No layer or head to choose from, or no validation row to choose on.
     """
     if isinstance(section.sites, str):
-        best = reduction.ranked(heads=section.sites == "best_head")[0]
-        sites = [Site.parse(best["site"])]
+        sites = [reduction.best(heads=section.sites == "best_head")]
     else:
         sites = [Site.parse(text) for text in section.sites]
     return build(

@@ -77,13 +77,15 @@ class Reduction:
         scores: pa.Table,
         counts: Mapping[str, int],
     ) -> Reduction:
-        """Store a result; the same result may be stored again."""
+        """Store a result. What a killed run has left of the same result is replaced."""
         digest = reduction_digest(cache.digest, method)
         location = root.child(f"reductions/{digest}")
         sink = io.BytesIO()
         pq.write_table(scores, sink, compression="zstd")
-        location.put_same("directions.safetensors", safetensors.numpy.save(dict(directions_LW)))
-        location.put_same("scores.parquet", sink.getvalue())
+        # Nobody may read these before reduction.json is there, and their last bits may differ
+        # between versions of the libraries that write them.
+        location.replace("directions.safetensors", safetensors.numpy.save(dict(directions_LW)))
+        location.replace("scores.parquet", sink.getvalue())
         heads = [s.num_heads for s in cache.streams.values() if s.num_heads is not None]
         record = {
             "schema_version": REDUCTION_SCHEMA,
@@ -184,3 +186,19 @@ class Reduction:
                 Site.parse(row["site"]),
             ),
         )
+
+    def best(self, *, heads: bool) -> Site:
+        """The first of `ranked`.
+
+        Raises:
+            InvalidInput: No such site was captured, or there is nothing to choose on: the
+                validation split lacks rows of a class.
+        """
+        row = self.ranked(heads=heads)[0]
+        if np.isnan(row["auroc_validation"]):
+            raise InvalidInput(
+                f"reduction {self.digest[:12]} has no site to prefer: its validation split lacks "
+                "rows of a class. Raise prompts.validation_share, or name publish.sites",
+                kind="validation_empty",
+            )
+        return Site.parse(row["site"])

@@ -16,7 +16,7 @@ Shapes: B batch, T positions of one forward pass, W width of a stream, D width o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -108,6 +108,32 @@ def steered(
         steering.close()
 
 
+def fits(model: nn.Module) -> Callable[[Artifact], None]:
+    """A check for a `Subscription`: refuse what this model cannot apply, before it is accepted.
+
+        Subscription(..., check=fits(model))
+
+    Returns:
+        A function that raises InvalidInput for a site that the model does not have, or a vector of
+        another width.
+    """
+    sites = ModelSites.of(model)
+    return lambda artifact: _check(sites, artifact)
+
+
+def _check(sites: ModelSites, artifact: Artifact) -> None:
+    for item in artifact.interventions:
+        sites.check(item.site)
+        per_head = item.site.head is not None
+        expected = sites.head_dim if per_head else sites.width(item.site.stream)
+        got = item.direction.vector_D.shape[0]
+        if got != expected:
+            raise InvalidInput(
+                f"artifact's vector at {item.site} has width {got}; this model's is {expected}",
+                kind="direction_width",
+            )
+
+
 class Steering:
     """The hooks of one `steered` block."""
 
@@ -135,17 +161,20 @@ class Steering:
         return self._deployed
 
     def set_prompt_lengths(self, lengths: int | Sequence[int] | None) -> None:
-        """Say where the prompts of the following forward passes without a cache end.
+        """Say where the prompts of the following forward passes end.
 
-        Scoring a whole conversation in one pass, or decoding without a cache, gives the model
-        prompt and completion together; ``generated``, ``last`` and ``prompt`` need to know which is
-        which. With the lengths set, such a pass edits the positions that cached decoding would have
-        edited.
+        By itself a pass tells little: one of several tokens is taken for a prompt (or the next part
+        of one, where the cache is not empty), one of a single token on a filled cache for a decoded
+        token. That is right for `model.generate` with its cache, for chats that keep their cache
+        between turns and for prompts that are filled in chunks. Scoring a whole conversation in one
+        pass, decoding without a cache, and assisted decoding give the model several generated
+        tokens at once: with the lengths set, those passes edit the positions that plain cached
+        decoding would have edited.
 
         Args:
-            lengths: Positions (padding on the left included) before the first generated token: one
-                number, or one a row. None: every pass without a cache is a prompt, as in
-                `model.generate` with its cache.
+            lengths: Positions (padding on the left included) before the first generated token,
+                counted from the beginning of the sequence: one number, or one a row. None: tell by
+                the pass, as above.
         """
         if lengths is None or isinstance(lengths, int):
             self._given_prompt_T = lengths
@@ -164,14 +193,18 @@ class Steering:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         self._cached = int(cache.get_seq_length()) if cache is not None else 0
-        if self._cached:
-            return
         values = kwargs.get("input_ids")
         if values is None:
             values = args[0] if args else kwargs.get("inputs_embeds")
         num_positions = int(values.shape[1]) if values is not None else 0
-        self._prompt_T = num_positions if self._given_prompt_T is None else self._given_prompt_T
-        # A new sequence begins: the only moment at which the deployment may change.
+        is_prompt = self._cached == 0 or num_positions > 1
+        if self._given_prompt_T is not None:
+            self._prompt_T = self._given_prompt_T
+        elif is_prompt:
+            self._prompt_T = self._cached + num_positions
+        if not is_prompt:
+            return
+        # A new request begins: the only moment at which the deployment may change.
         current = self._source.current
         if current.identity in (self.deployed.identity, self._refused):
             return
@@ -191,28 +224,14 @@ class Steering:
         by_site: dict[Site, list[Intervention]] = {}
         if deployed.artifact is not None and deployed.strength != 0:
             deployed.artifact.manifest.policy.check(deployed.strength)
+            _check(self._sites, deployed.artifact)
             for item in deployed.artifact.interventions:
-                self._check(item)
                 by_site.setdefault(Site(item.site.stream, item.site.layer), []).append(item)
         self._remove_taps()
         for site, items in by_site.items():
             tap = self._tap(items, deployed.strength)
             self._taps.append(attach(self._sites, site, tap))
         self._deployed, self._refused = deployed, None
-
-    def _check(self, item: Intervention) -> None:
-        self._sites.check(item.site)
-        expected = (
-            self._sites.head_dim
-            if item.site.head is not None
-            else self._sites.width(item.site.stream)
-        )
-        got = item.direction.vector_D.shape[0]
-        if got != expected:
-            raise InvalidInput(
-                f"artifact's vector at {item.site} has width {got}; this model's is {expected}",
-                kind="direction_width",
-            )
 
     def _tap(self, items: Sequence[Intervention], strength: float) -> Tap:
         head_dim = self._sites.head_dim

@@ -13,7 +13,6 @@ from steering_service.core.errors import InvalidInput
 from steering_service.v1 import channel_pb2, watch_pb2
 
 _CHANNEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9_-])?")
-_NODE_ID: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +131,3 @@ def check_channel(name: str) -> str:
             kind="channel_name",
         )
     return name
-
-
-def check_node_id(node_id: str) -> str:
-    """Return a node id if it is one; such ids are also safe as file names.
-
-    Raises:
-        InvalidInput: It is not.
-    """
-    if _NODE_ID.fullmatch(node_id) is None:
-        raise InvalidInput(
-            f"node id {node_id[:140]!r}: expected 1 to 128 characters of A-Z a-z 0-9 . _ - , the "
-            "first not a dot",
-            kind="node_id",
-        )
-    return node_id

@@ -18,11 +18,9 @@ from steering_service.core.errors import (
     SteeringError,
     Unavailable,
 )
+from steering_service.core.wire import KIND_METADATA, MAX_MESSAGE_BYTES
 from steering_service.v1 import artifact_pb2_grpc, channel_pb2_grpc, watch_pb2_grpc
 
-KIND_METADATA: Final = "steerage-error-kind"
-# A manifest of 4 MiB, its signature of 5.4 MiB (base64), and room.
-MAX_MESSAGE_BYTES: Final = 12 << 20
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

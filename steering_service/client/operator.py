@@ -174,7 +174,12 @@ class Operator:
         return ChannelEntry.from_proto(answer.entry)
 
     def history(self, name: str, *, after: int = 0) -> Iterator[ChannelEntry]:
-        """A channel's log, oldest first, from the revision behind `after` on."""
+        """A channel's log, oldest first, from the revision behind `after` on.
+
+        Raises:
+            NotFound: No such channel.
+            Corrupt: An entry was altered or is gone.
+        """
         while True:
             request = channel_pb2.HistoryRequest(channel=name, after=after, page_size=_PAGE)
             with self._connection.translated():
@@ -203,7 +208,8 @@ class Operator:
         and always gets the last one.
 
         Raises:
-            Unavailable: The stream broke; call again to go on.
+            Unavailable: The stream broke, as it does when the service restarts; call again to go
+                on. (A node's `Subscription` does that by itself.)
         """
         outbox: queue.SimpleQueue[watch_pb2.WatchRequest | None] = queue.SimpleQueue()
         outbox.put(

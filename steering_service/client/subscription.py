@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import grpc
 
 from steering_service.client.active import Active, Deployment
-from steering_service.client.channel import Assignment, check_channel, check_node_id
+from steering_service.client.channel import Assignment, check_channel
 from steering_service.client.connection import Connection
 from steering_service.client.fetch import ArtifactCache
 from steering_service.client.inbox import Inbox
@@ -28,6 +28,7 @@ from steering_service.core.address import loopback
 from steering_service.core.artifact import Artifact
 from steering_service.core.errors import InvalidInput, Refused, SteeringError, Unavailable
 from steering_service.core.signing import TrustRoots
+from steering_service.core.wire import check_node_id
 from steering_service.v1 import watch_pb2
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,13 @@ class Subscription:
         trust_roots: Keys whose signatures this node accepts.
         model_fingerprint: Of the model that will be steered (`core.fingerprint`). None skips the
             check, which only a tool that applies nothing should do.
+        check: Called with each artifact that is verified and about to be used, also with one from
+            the disk: a last look by whoever will apply it, such as whether the model has its
+            sites. A SteeringError refuses the artifact (NACK, the last good deployment stays):
+            Refused and InvalidInput until the next revision, others until they heal, as the node
+            subscribes again after a delay. It runs in the subscription's thread (when restoring,
+            in the one that enters the context), and "off" waits for it: it must be quick. None
+            accepts all that is verified.
 
     Raises:
         InvalidInput: A name or the address is malformed.
@@ -92,6 +100,8 @@ class Subscription:
         cache_dir: str | os.PathLike[str],
         trust_roots: TrustRoots,
         model_fingerprint: str | None = None,
+        *,
+        check: Callable[[Artifact], None] | None = None,
     ) -> None:
         self.address = loopback(address)
         self.channel = check_channel(channel)
@@ -99,6 +109,7 @@ class Subscription:
         self._cache = ArtifactCache(
             cache_dir, trust_roots=trust_roots, model_fingerprint=model_fingerprint
         )
+        self._check = check
         self._model_checked = model_fingerprint is not None
         self._state = StateFile(Path(cache_dir) / "state" / node_id / f"{channel}.json")
         self.active = Active(Deployment.plain(channel, 0, enabled=False))
@@ -141,9 +152,12 @@ class Subscription:
                 return
             self._swap(assignment, self._deployment(assignment, self._cache.load))
             log.info("deployment restored", extra=self._extra(assignment.revision))
-        except SteeringError as error:
+        except Exception as error:
+            kind = error.kind if isinstance(error, SteeringError) else type(error).__name__
             log.warning(
-                "deployment not restored", extra=self._extra(0) | {"kind": error.kind, "why": error}
+                "deployment not restored",
+                extra=self._extra(0) | {"kind": kind, "why": str(error)},
+                exc_info=None if isinstance(error, SteeringError) else error,
             )
 
     def _run(self) -> None:
@@ -226,7 +240,7 @@ class Subscription:
         outbox: queue.SimpleQueue[watch_pb2.WatchRequest | None],
         connection: Connection,
     ) -> None:
-        """Verify, fetch, swap and ACK; or NACK and keep what is active."""
+        """Verify, fetch, check, swap and ACK; or NACK and keep what is active."""
 
         def fetch(digest: str) -> Artifact:
             return self._cache.fetch(
@@ -293,6 +307,8 @@ class Subscription:
             return Deployment.plain(self.channel, revision, enabled=True)
         artifact = get(assignment.artifact)
         artifact.manifest.policy.check(assignment.strength)
+        if self._check is not None:
+            self._check(artifact)
         return Deployment.steered(self.channel, revision, artifact, assignment.strength)
 
     def _swap(self, assignment: Assignment, deployment: Deployment) -> None:

@@ -1,18 +1,16 @@
 """The service: wiring, health, reflection, signals, drain.
 
-`python -m steering_service.server.app --store DIR` runs it; `serve` is the same for the CLI, and
-`running_server` for other asyncio programs.
+`serve` is for command lines such as `steerage serve`, `running_server` for other asyncio programs.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -22,8 +20,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from steering_service.core.address import loopback
-from steering_service.core.errors import SteeringError, Unavailable
+from steering_service.core.errors import Unavailable
 from steering_service.core.signing import TrustRoots
+from steering_service.core.wire import MAX_MESSAGE_BYTES
 from steering_service.server.artifact_rpc import ArtifactRpc
 from steering_service.server.channel_rpc import ChannelRpc
 from steering_service.server.hub import POLL_S, Hub
@@ -38,7 +37,6 @@ from steering_service.v1 import (
     watch_pb2_grpc,
 )
 from store.channels import ChannelLog
-from store.errors import StoreError
 from store.location import Location
 from store.registry import Registry
 
@@ -46,8 +44,6 @@ log = logging.getLogger(__name__)
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:0"
 MAX_PAYLOAD_BYTES: Final = 256 << 20
-# A manifest of 4 MiB, its signature of 5.4 MiB (base64), and room.
-MAX_MESSAGE_BYTES: Final = 12 << 20
 DRAIN_S: Final = 5.0
 SERVICES: Final = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -188,35 +184,3 @@ def _log_failure(task: asyncio.Task[None]) -> None:
 def _print_ready(address: str) -> None:
     sys.stdout.write(json.dumps({"address": address}) + "\n")
     sys.stdout.flush()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of `python -m steering_service.server.app`; the exit status."""
-    parser = argparse.ArgumentParser(prog="steering_service", description=main.__doc__)
-    parser.add_argument("--store", required=True, help="directory or URL of the store")
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="loopback host:port")
-    parser.add_argument(
-        "--trust-root", action="append", default=[], help="public key or folder of keys; repeatable"
-    )
-    parser.add_argument("--poll-s", type=float, default=POLL_S)
-    parser.add_argument("--heartbeat-s", type=float, default=HEARTBEAT_S)
-    parser.add_argument("--drain-s", type=float, default=DRAIN_S)
-    parsed = parser.parse_args(arguments)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
-    try:
-        serve(
-            parsed.store,
-            parsed.address,
-            trust_roots=TrustRoots.from_paths(parsed.trust_root) if parsed.trust_root else None,
-            poll_s=parsed.poll_s,
-            heartbeat_s=parsed.heartbeat_s,
-            drain_s=parsed.drain_s,
-        )
-    except (SteeringError, StoreError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -73,9 +73,8 @@ class ChannelRpc(channel_pb2_grpc.ChannelServiceServicer):
     ) -> channel_pb2.HistoryResponse:
         """One page of the log."""
         limit = page_size(request.page_size)
-        entries = list(
-            await asyncio.to_thread(self._channels.history, request.channel, after=request.after)
-        )
+        # One more than a page tells whether there is a next one.
+        entries = await asyncio.to_thread(self._history, request.channel, request.after, limit + 1)
         return channel_pb2.HistoryResponse(
             entries=[_to_proto(entry) for entry in entries[:limit]], more=len(entries) > limit
         )
@@ -135,6 +134,12 @@ class ChannelRpc(channel_pb2_grpc.ChannelServiceServicer):
             actor=request.actor,
             reason=request.reason,
         )
+
+    def _history(self, channel: str, after: int, limit: int) -> list[ChannelEntry]:
+        try:
+            return self._channels.history(channel, after=after, limit=limit)
+        except NotFound as error:
+            raise _no_channel(channel) from error
 
     def _head(self, channel: str) -> ChannelEntry | None:
         try:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from store.channels import ChannelEntry, ChannelLog
-from store.errors import NotFound, StoreError
+from store.errors import NotFound, StoreError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ class Hub:
         self._poll_s = poll_s
         self._topics: dict[str, _Topic] = {}
         self._closed = False
+        self._store_failing = False
+        self._failing: dict[str, str] = {}  # kind of the last error, by channel
 
     @property
     def closed(self) -> bool:
@@ -114,26 +116,49 @@ class Hub:
             watcher.wake()
 
     async def poll(self) -> None:
-        """Follow changes by other replicas until cancelled; a failing store is asked again."""
-        failing = False
+        """Follow changes by other replicas until cancelled; a failing store is asked again.
+
+        A channel that cannot be read keeps none of the others from being followed.
+        """
         while True:
             await asyncio.sleep(self._poll_s)
-            for channel in list(self._topics):
+            channels = list(self._topics)
+            for channel in self._failing.keys() - set(channels):
+                del self._failing[channel]
+            for channel in channels:
                 try:
-                    head = await asyncio.to_thread(self._head, channel)
-                except StoreError as error:
-                    if not failing:
+                    await self._follow(channel)
+                except Unavailable as error:
+                    # Each further read would wait and fail alike.
+                    if not self._store_failing:
                         log.warning(
                             "store poll failed", extra={"channel": channel, "kind": error.kind}
                         )
-                    failing = True
+                    self._store_failing = True
                     break
-                if head is not None:
-                    self.offer(head)
             else:
-                if failing:
+                if self._store_failing:
                     log.info("store poll recovered")
-                failing = False
+                self._store_failing = False
+
+    async def _follow(self, channel: str) -> None:
+        """Offer a channel's head; one that cannot be read is logged, once for each reason."""
+        try:
+            head = await asyncio.to_thread(self._channels.head, channel)
+        except Unavailable:
+            raise
+        except StoreError as error:
+            topic = self._topics.get(channel)
+            absent = isinstance(error, NotFound)
+            if absent and (topic is None or topic.head is None):
+                return  # not made yet
+            if self._failing.get(channel) != error.kind:
+                log.warning("channel poll failed", extra={"channel": channel, "kind": error.kind})
+            self._failing[channel] = error.kind
+            return
+        if self._failing.pop(channel, None) is not None:
+            log.info("channel poll recovered", extra={"channel": channel})
+        self.offer(head)
 
     def close(self) -> None:
         """Wake every watcher; their streams find `closed` and end."""

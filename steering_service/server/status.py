@@ -12,10 +12,10 @@ from google.protobuf.message import DecodeError
 
 import steering_service.core.errors as core
 import store.errors as stored
+from steering_service.core.wire import KIND_METADATA
 
 log = logging.getLogger(__name__)
 
-KIND_METADATA: Final = "steerage-error-kind"
 OUR_METHODS: Final = "/steering_service.v1."
 # Details travel in an HTTP/2 header, and peers reject headers above about 8 kB.
 MAX_DETAIL_CHARS: Final = 1000

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
 from steering_service.core.errors import InvalidInput, Unavailable
+from steering_service.core.wire import check_node_id
 from steering_service.server.hub import Hub, Watcher
 from steering_service.server.status import Context
 from steering_service.v1 import watch_pb2, watch_pb2_grpc
@@ -21,7 +21,6 @@ HEARTBEAT_S: Final = 5.0
 # Assignments that a node may leave unreported. Small, so that a slow node skips revisions; above
 # one, so that "off" reaches a node that is still downloading the revision before.
 WINDOW: Final = 8
-_NODE_ID: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _MAX_REASON_CHARS: Final = 1000
 
 
@@ -136,14 +135,11 @@ def _session(first: watch_pb2.WatchRequest | None) -> _Session:
     if first is None or first.WhichOneof("message") != "subscribe":
         raise InvalidInput("a watch stream must start with Subscribe", kind="watch_order")
     subscribe = first.subscribe
-    if _NODE_ID.fullmatch(subscribe.node_id) is None:
-        raise InvalidInput(
-            f"node id {subscribe.node_id[:140]!r}: expected 1 to 128 characters of A-Z a-z 0-9 "
-            ". _ - , the first not a dot",
-            kind="node_id",
-        )
     return _Session(
-        subscribe.node_id, subscribe.channel, subscribe.active_revision, subscribe.observer
+        check_node_id(subscribe.node_id),
+        subscribe.channel,
+        subscribe.active_revision,
+        subscribe.observer,
     )
 
 

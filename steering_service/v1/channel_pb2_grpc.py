@@ -76,7 +76,8 @@ class ChannelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def History(self, request, context):
-        """The log, oldest first.
+        """The log, oldest first. NOT_FOUND before the first Promote; DATA_LOSS when an entry is missing,
+        or does not name the bytes of the one before it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,7 +44,9 @@ class ChannelServiceStub:
     GetChannel: _grpc.UnaryUnaryMultiCallable[_channel_pb2.GetChannelRequest, _channel_pb2.GetChannelResponse]
     """The channel's present state. NOT_FOUND before the first Promote."""
     History: _grpc.UnaryUnaryMultiCallable[_channel_pb2.HistoryRequest, _channel_pb2.HistoryResponse]
-    """The log, oldest first."""
+    """The log, oldest first. NOT_FOUND before the first Promote; DATA_LOSS when an entry is missing,
+    or does not name the bytes of the one before it.
+    """
     ListChannels: _grpc.UnaryUnaryMultiCallable[_channel_pb2.ListChannelsRequest, _channel_pb2.ListChannelsResponse]
     """Names in ascending order."""
 
@@ -59,7 +61,9 @@ class ChannelServiceAsyncStub(ChannelServiceStub):
     GetChannel: _aio.UnaryUnaryMultiCallable[_channel_pb2.GetChannelRequest, _channel_pb2.GetChannelResponse]  # type: ignore[assignment]
     """The channel's present state. NOT_FOUND before the first Promote."""
     History: _aio.UnaryUnaryMultiCallable[_channel_pb2.HistoryRequest, _channel_pb2.HistoryResponse]  # type: ignore[assignment]
-    """The log, oldest first."""
+    """The log, oldest first. NOT_FOUND before the first Promote; DATA_LOSS when an entry is missing,
+    or does not name the bytes of the one before it.
+    """
     ListChannels: _aio.UnaryUnaryMultiCallable[_channel_pb2.ListChannelsRequest, _channel_pb2.ListChannelsResponse]  # type: ignore[assignment]
     """Names in ascending order."""
 
@@ -89,7 +93,9 @@ class ChannelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _channel_pb2.HistoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_channel_pb2.HistoryResponse, _abc.Awaitable[_channel_pb2.HistoryResponse]]:
-        """The log, oldest first."""
+        """The log, oldest first. NOT_FOUND before the first Promote; DATA_LOSS when an entry is missing,
+        or does not name the bytes of the one before it.
+        """
 
     @_abc_1.abstractmethod
     def ListChannels(

@@ -6,7 +6,7 @@ Watch: how an inference node learns what to run, in the manner of Envoy's xDS.
   node     Subscribe(node id, channel, last active revision)
   service  Heartbeat(head revision, interval)           at once: the stream works
   service  Assignment(revision 7, nonce 1, digest ...)  if 7 is not what the node runs
-  node       fetches and verifies the artifact, swaps it in
+  node       fetches, verifies and checks the artifact, swaps it in
   node     Report(revision 7, nonce 1, ACK)             or NACK with a reason; the node then keeps
                                                         the last revision that was good
   service  Heartbeat ...                                now and then
@@ -21,6 +21,11 @@ The contract:
     again, after a random, growing delay.
   - When the stream ends for whatever reason, the node goes on with what it has.
   - Revisions only grow. A node refuses (NACK) a revision below the one it runs.
+  - An ACK means: the artifact is on the node; its digests, signature, model and policy are
+    verified; the node's own check of it passed (whether the model has its sites, say; a node may
+    have none); and every request that begins from now on gets it. It does not mean that a token
+    was generated with it. When the channel is off or points at nothing, or the node is outside
+    the rollout share, it means that the plain model is in use.
   - Nothing in an Assignment is trusted: the node verifies signature, model and policy itself.
 """
 

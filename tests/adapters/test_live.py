@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from steering_service.adapters.transformers import Fixed, steered
+from steering_service.adapters.transformers import Fixed, fits, steered
+from steering_service.core.errors import InvalidInput
 
 NEW_T = 4
 
@@ -129,3 +130,28 @@ def test_a_deployment_that_does_not_fit_leaves_the_last_good_one(
         assert not torch.equal(_logits(model, prompt_1T), expected)
         source.current = good
         assert torch.equal(_logits(model, prompt_1T), expected)
+
+
+def test_a_chat_that_keeps_its_cache_follows_at_its_next_turn(
+    model: Any, artifact: Any, prompt_1T: torch.Tensor
+) -> None:
+    source = Switchboard(Fixed(artifact, 1.0))
+    cache = transformers.DynamicCache()
+    with steered(model, source) as steering, torch.inference_mode():
+        model(prompt_1T, past_key_values=cache)
+        assert steering.deployed.strength == 1.0
+        source.current = Fixed(None, 0.0)
+        model(prompt_1T[:, :1], past_key_values=cache)
+        assert steering.deployed.strength == 1.0
+        model(prompt_1T[:, :3], past_key_values=cache)
+        assert steering.deployed.artifact is None
+
+
+def test_a_subscriptions_check_refuses_what_the_model_lacks(
+    model: Any, artifact: Any, make_artifact: Any, make_intervention: Any
+) -> None:
+    check = fits(model)
+    check(artifact)
+    for site, width in (("resid_post.9", 64), ("resid_post.1", 63), ("mlp_out.1", 64)):
+        with pytest.raises(InvalidInput):
+            check(make_artifact([make_intervention(site, width)]))

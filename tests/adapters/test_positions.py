@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from steering_service.adapters.sites import ModelSites
 from steering_service.adapters.transformers import Steering, steered
 
 POLICIES = ("last", "generated", "prompt", "all")
@@ -113,8 +115,7 @@ def _edited_positions(
     model: Any, prompt_1T: torch.Tensor, artifact: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What block 1 gives before and after the edit, at every position that is decoded."""
-    body = model.get_decoder()
-    block = (body.h if hasattr(body, "h") else body.layers)[1]
+    block = ModelSites.of(model).blocks[1]
     seen: list[torch.Tensor] = []
 
     def read(_m: Any, _a: Any, out: torch.Tensor) -> None:
@@ -182,3 +183,37 @@ def test_a_sequence_that_is_given_as_embeddings_is_steered_alike(
             inputs_embeds=model.get_input_embeddings()(prompt_1T), use_cache=False
         ).logits
     assert torch.equal(by_ids, by_embeddings)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [("last", [0, 0, 0, 1]), ("generated", [0, 0, 0, 1]), ("prompt", [1] * 4), ("all", [1] * 4)],
+)
+def test_a_prompt_on_a_filled_cache_is_a_prompt(
+    load_model: Any,
+    make_artifact: Any,
+    make_intervention: Any,
+    prompt_1T: torch.Tensor,
+    policy: str,
+    expected: list[int],
+) -> None:
+    model = load_model("llama-wide-heads")
+    artifact = make_artifact([make_intervention("resid_post.2", 64, positions=policy)])
+    cache = transformers.DynamicCache()
+    seen: list[torch.Tensor] = []
+    block = ModelSites.of(model).blocks[2]
+    with torch.inference_mode():
+        model(prompt_1T, past_key_values=cache)
+        before = block.register_forward_hook(lambda _m, _a, out: seen.append(_hidden(out)))
+        with steered(model, artifact, 1.0):
+            after = block.register_forward_hook(lambda _m, _a, out: seen.append(_hidden(out)))
+            model(prompt_1T[:, :4], past_key_values=cache)
+    before.remove()
+    after.remove()
+    edited_T = (seen[1] - seen[0]).norm(dim=-1)[0] > 1e-3
+    assert edited_T.tolist() == [bool(i) for i in expected]
+
+
+def _hidden(out: Any) -> torch.Tensor:
+    hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden.clone()

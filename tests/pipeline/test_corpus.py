@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from pipeline.config import PromptsSection
@@ -264,9 +264,11 @@ def test_a_missing_file_and_two_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 @given(num_bad=st.integers(0, 30), num_good=st.integers(0, 30), share=st.floats(0, 1))
+@example(num_bad=3, num_good=0, share=1.0)
 def test_the_run_stops_past_the_stated_share_only(
     tmp_path_factory: pytest.TempPathFactory, num_bad: int, num_good: int, share: float
 ) -> None:
+    assume(num_bad + num_good)
     path = tmp_path_factory.mktemp("corpus") / "data.jsonl"
     path.write_bytes(b"\n".join([b"oops"] * num_bad + [GOOD] * num_good))
     section = PromptsSection(files=[path], format="pairs", max_quarantined=share)
@@ -295,3 +297,18 @@ def test_the_digest_is_of_names_and_bytes(tmp_path: Path) -> None:
     a.write_bytes(GOOD + b"\n")
     digests.add(read(a).digest)
     assert len(digests) == 4
+
+
+def test_a_csv_row_is_named_by_the_line_it_begins_on(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('prompt,label\nfine,1\n\n,1\n"two\nlines",maybe\nok,0\n')
+    corpus = read(path)
+    assert [q.line for q in corpus.quarantined] == [4, 5]
+
+
+def test_a_file_without_rows_is_said_to_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("prompt,label\n")
+    section = PromptsSection(files=[path], format="labelled")
+    with pytest.raises(InvalidInput, match="hold no rows"):
+        check_quarantine([], 0, 0, section)

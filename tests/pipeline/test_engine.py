@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 
-from pipeline.errors import GateRefused
+from pipeline.errors import GateRefused, InvalidInput
 from pipeline.extraction.engine import Engine
+from pipeline.extraction.models import load_body
 from pipeline.extraction.parity import check_parity
 from pipeline.prompts.plan import Plan, PlannedPrompt, read_prompts
 from store.bfloat16 import to_float32
@@ -188,3 +195,32 @@ def test_parity_refuses_rows_of_another_layer(make_plan: Any) -> None:
     shifted = {"resid_post": dataclasses.replace(layout, stream="resid_pre")}
     with pytest.raises(GateRefused, match="parity gate: at resid_post"):
         check_parity(planned.model.path, "float32", shifted, read_prompts(planned.cache), "cpu")
+
+
+def test_a_model_folders_own_code_never_runs(make_model: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "evil"
+    shutil.copytree(make_model(), folder)
+    trace = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass EvilConfig: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    code = (
+        "import pathlib, sys; from pipeline.extraction.models import ModelInfo; "
+        "ModelInfo.read(pathlib.Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, input="y\ny\n", text=True, capture_output=True)
+    assert done.returncode != 0
+    assert not trace.exists()
+
+
+def test_weights_that_are_missing_are_refused_not_random(make_model: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "holey"
+    shutil.copytree(make_model(), folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    removed = next(name for name in tensors if "o_proj" in name)
+    del tensors[removed]
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidInput, match="1 weights are not in its safetensors files"):
+        load_body(folder, "float32")

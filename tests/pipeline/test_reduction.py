@@ -4,6 +4,8 @@ planted is found.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from functools import reduce as fold
 from typing import Any
 
@@ -295,3 +297,25 @@ def test_asking_for_what_is_not_there(reduced: Any, root: Location) -> None:
         reduction.direction(Site("resid_post", 9))
     with pytest.raises(NotFound, match="run `steerage reduce`"):
         Reduction.open(root, reduction_digest("0" * 64, "difference_of_means"))
+
+
+def test_the_best_site_needs_validation_rows_to_choose_on(reduced: Any) -> None:
+    _, reduction, _ = reduced
+    assert reduction.best(heads=True) == PLANTED
+    name = "auroc_validation"
+    blank = pa.nulls(len(reduction.scores), pa.float64()).fill_null(math.nan)
+    column = reduction.scores.column_names.index(name)
+    scores = reduction.scores.set_column(column, name, blank)
+    without = dataclasses.replace(reduction, scores=scores)
+    with pytest.raises(InvalidInput, match="validation split lacks"):
+        without.best(heads=True)
+
+
+def test_what_a_killed_run_left_of_a_result_is_replaced(reduced: Any) -> None:
+    root, reduction, _ = reduced
+    assert reduction.location.exists("reduction.json")
+    cache = ActivationCache.open(root, reduction.capture_digest)
+    reduction.location.delete("reduction.json")
+    reduction.location.replace("scores.parquet", b"written by another version")
+    again = reduce(cache, root, method="difference_of_means", num_workers=2)
+    assert again.scores.equals(reduction.scores)

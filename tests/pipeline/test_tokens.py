@@ -132,3 +132,28 @@ def test_row_spans_lie_within_the_prompt(selection: str, num_tokens: int) -> Non
             positions = list(range(num_tokens))
             expected = positions[int(selection) :][:1] if -int(selection) <= num_tokens else []
             assert [positions[start] for start, _ in spans] == expected
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_closed_turn_ends_with_the_end_of_turn_where_a_template_adds_a_line_break(
+    make_tokenizer: Any,
+) -> None:
+    text = render(example(completion="(A)"), make_tokenizer(CHATML), section(close_turn=True))
+    assert text.endswith("(A)<|im_end|>")
+
+
+def test_a_template_that_writes_the_date_gets_that_of_the_run_file(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') }}/{{ date_string }}")
+    assert render(example(), tokenizer, section()) == "26 Jul 2024/26 Jul 2024"
+    assert render(example(), tokenizer, section(date="2025-01-02")).startswith("02 Jan 2025")
+
+
+@pytest.mark.parametrize("settings", [{"system": "Be brief."}, {"close_turn": True}])
+def test_what_only_a_template_can_do_is_refused_without_one(settings: Any) -> None:
+    with pytest.raises(ValueError, match="need template"):
+        section(template="none", **settings)

@@ -143,7 +143,9 @@ def test_watch_prints_the_state_now_and_at_every_change(keys, service):
         (("plan", "absent.toml"), 1, "absent.toml"),
         (("plan",), 2, "RUN.toml"),
         (("extract", "--wrong"), 2, "--wrong"),
-        (("promote", "c", "--address", "127.0.0.1:1"), 2, "nothing to change"),
+        (("promote", "c", "--address", "127.0.0.1:1"), 2, "--reason"),
+        (("promote", "c", "--reason", "x"), 2, "nothing to change"),
+        (("extract", "run.toml", "--device", "gpu"), 2, "cuda"),
         (("log", "c", "--address", "127.0.0.1:1"), 1, "127.0.0.1:1"),
         (("log", "c", "--address", "10.0.0.1:7433"), 3, "loopback"),
         (("serve", "--address", "0.0.0.0:7433"), 3, "loopback"),
@@ -152,6 +154,22 @@ def test_watch_prints_the_state_now_and_at_every_change(keys, service):
 )
 def test_a_users_mistake_gets_its_exit_code_and_a_message(arguments, code, expected, folder):
     assert expected in steerage(*arguments, code=code).stderr
+
+
+def test_a_missing_gpu_is_said_before_ray_waits_for_one(folder, run_file):
+    done = steerage("extract", run_file, "--store", folder / "s", "--device", "cuda", code=1)
+    assert "sees no GPU" in done.stderr
+
+
+def test_a_node_that_does_not_trust_the_publisher_is_refused(folder, run_file, keys, service):
+    at = ("--address", service)
+    published = json.loads(steerage("list", *at, "--json").stdout.splitlines()[0])["artifact"]
+    as_json(
+        "promote", "strict", published, *at, "--strength", 1, "--on", "--share", 1, "--reason", "x"
+    )
+    node = ("steer", "strict", *at, "--cache", folder / "strict", "--model", _model_of(run_file))
+    refused = steerage(*node, "--trust", keys / "stranger.pub", "-p", "hi", code=3)
+    assert "signature" in refused.stderr
 
 
 def test_keygen_never_overwrites_a_key(keys):

@@ -24,6 +24,15 @@ from steering_service.core.signing import Signer, TrustRoots, generate_key
 from steering_service.core.site import Site
 
 FINGERPRINT = "a" * 64
+# What `steerage serve` has no flags for: tests cannot wait for its usual times.
+SERVE = """
+import sys
+from steering_service.core.signing import TrustRoots
+from steering_service.server.app import serve
+store, address, *trust = sys.argv[1:]
+serve(store, address, trust_roots=TrustRoots.from_paths(trust) if trust else None,
+      poll_s=0.1, heartbeat_s=0.3, drain_s=1.0)
+"""
 
 
 @dataclass
@@ -31,17 +40,13 @@ class Service:
     """One service process over a store; `address` stays the same over restarts."""
 
     store: Path
-    options: tuple[str, ...] = ()
+    trust: tuple[str, ...] = ()
     address: str = "127.0.0.1:0"
     process: subprocess.Popen[str] | None = None
 
     def start(self) -> Service:
         self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "steering_service.server.app"),
-                *("--store", str(self.store), "--address", self.address),
-                *("--poll-s", "0.1", "--heartbeat-s", "0.3", "--drain-s", "1", *self.options),
-            ],
+            [sys.executable, "-c", SERVE, str(self.store), self.address, *self.trust],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -174,8 +179,8 @@ def start(tmp_path):
     """Start services; without a name they share one store."""
     services = []
 
-    def make(*options: str) -> Service:
-        services.append(Service(tmp_path / "store", options))
+    def make(*trust: str) -> Service:
+        services.append(Service(tmp_path / "store", trust))
         return services[-1].start()
 
     yield make

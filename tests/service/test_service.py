@@ -18,6 +18,7 @@ from steering_service.client.connection import Connection
 from steering_service.client.operator import Operator
 from steering_service.core.errors import (
     Conflict,
+    Corrupt,
     InvalidInput,
     NotFound,
     Refused,
@@ -25,7 +26,7 @@ from steering_service.core.errors import (
     Unavailable,
 )
 from steering_service.server.status import STATUS
-from steering_service.v1 import artifact_pb2, watch_pb2
+from steering_service.v1 import artifact_pb2, channel_pb2, watch_pb2
 
 WHO = {"actor": "ada", "reason": "a test"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,7 @@ def test_publish_is_all_or_nothing(service, operator, publisher, artifact):
 
 
 def test_publish_checks_signatures_when_it_has_trust_roots(start, publisher, stranger, artifact):
-    service = start("--trust-root", str(publisher.public_key))
+    service = start(str(publisher.public_key))
     with service.operator() as operator:
         with pytest.raises(Refused) as caught:
             stranger.publish(operator, artifact(1))
@@ -127,6 +128,52 @@ def test_promote_keeps_what_is_left_out_and_logs_everything(
     assert (head.revision, head.actor, head.reason) == (4, "ada", "a test")
     assert [e.revision for e in shared_operator.history(channel, after=2)] == [3, 4]
     assert channel in list(shared_operator.channels())
+
+
+def test_the_log_of_no_channel_is_not_found(shared_operator, channel):
+    for call in (
+        lambda: shared_operator.channel(channel),
+        lambda: list(shared_operator.history(channel)),
+    ):
+        with pytest.raises(NotFound) as caught:
+            call()
+        assert caught.value.kind == "no_channel"
+
+
+def test_an_altered_log_is_not_served(service, operator):
+    for _ in range(3):
+        operator.promote("prod", **WHO)
+    file = service.store / "channels/prod/00000002.json"
+    file.write_bytes(file.read_bytes().replace(b'"share":1', b'"share":0'))
+    with pytest.raises(Corrupt, match="revision 3 names") as caught:
+        list(operator.history("prod"))
+    assert caught.value.kind == "channel_chain"
+    assert operator.channel("prod").revision == 3
+
+
+def test_a_page_of_history_reads_no_more_than_itself(service, operator):
+    for _ in range(6):
+        operator.promote("prod", **WHO)
+    # What is not read cannot be found to be damaged.
+    for revision in (1, 6):
+        (service.store / f"channels/prod/{revision:08d}.json").write_bytes(b"damaged")
+    request = channel_pb2.HistoryRequest(channel="prod", after=2, page_size=2)
+    with Connection(service.address) as connection:
+        page = connection.channels.History(request, timeout=5)
+    assert [entry.revision for entry in page.entries] == [3, 4]
+    assert page.more
+
+
+def test_stray_files_in_the_store_are_no_errors(service, operator, publisher, artifact):
+    digest = publisher.publish(operator, artifact())
+    operator.promote("prod", artifact=digest, strength=1.0, **WHO)
+    for name in ("channels/prod/notes.txt", "channels/Not a channel/x", "artifacts/notes.txt"):
+        file = service.store / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"stray")
+    assert [entry.revision for entry in operator.history("prod")] == [1]
+    assert list(operator.channels()) == ["prod"]
+    assert list(operator.list()) == [digest]
 
 
 def test_promote_of_a_stale_revision_is_a_conflict(shared_operator, publisher, artifact, channel):
@@ -282,18 +329,23 @@ def test_sigterm_drains_and_ends_watches(service, operator):
         operator.channel("prod")
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.168.1.1:80", "example.org:80", "[::]:0"])
-def test_only_loopback_is_served_or_dialled(tmp_path, address):
-    done = subprocess.run(
+def steerage_serve(store, address):
+    """The command itself; for addresses that it must refuse."""
+    return subprocess.run(
         [
-            *(sys.executable, "-m", "steering_service.server.app"),
-            *("--store", str(tmp_path), "--address", address),
+            *(sys.executable, "-c", "from pipeline.main import run; run()"),
+            *("serve", "--store", str(store), "--address", address),
         ],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
-    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.168.1.1:80", "example.org:80", "[::]:0"])
+def test_only_loopback_is_served_or_dialled(tmp_path, address):
+    done = steerage_serve(tmp_path, address)
+    assert done.returncode == 3
     assert done.stdout == ""
     assert "TLS and authentication come with the next release" in done.stderr
     with pytest.raises(Refused):
@@ -301,15 +353,7 @@ def test_only_loopback_is_served_or_dialled(tmp_path, address):
 
 
 def test_a_taken_port_is_an_error_not_a_shared_port(shared_service, tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "steering_service.server.app"),
-            *("--store", str(tmp_path), "--address", shared_service.address),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+    done = steerage_serve(tmp_path, shared_service.address)
     assert done.returncode == 1
     assert "cannot listen" in done.stderr
 

@@ -36,9 +36,9 @@ def eventually(condition, timeout_s=10.0):
 
 @pytest.fixture
 def subscribe(tmp_path, publisher):
-    def make(address, *, node_id="node-1", channel="prod", fingerprint=FINGERPRINT):
+    def make(address, *, node_id="node-1", channel="prod", fingerprint=FINGERPRINT, check=None):
         return Subscription(
-            address, channel, node_id, tmp_path / "cache", publisher.roots, fingerprint
+            address, channel, node_id, tmp_path / "cache", publisher.roots, fingerprint, check=check
         )
 
     return make
@@ -136,6 +136,72 @@ def test_a_node_refuses_and_keeps_the_last_good_one(
         operator.promote("prod", artifact=good.digest, strength=0.5, **WHO)
         assert node.active.wait_for(len(cases) + 2, 5).strength == 0.5
         eventually(lambda: node.status.refused_revision is None)
+
+
+def test_a_node_refuses_what_its_own_check_refuses(
+    service, operator, publisher, artifact, subscribe
+):
+    good, misfit = artifact(1), artifact(2)
+    for item in (good, misfit):
+        publisher.publish(operator, item)
+    looked_at = []
+
+    def check(item):
+        looked_at.append((item.digest, node.active.current.revision))
+        if item.digest == misfit.digest:
+            raise InvalidInput("this model has no such site", kind="no_such_site")
+
+    with subscribe(service.address, check=check) as node:
+        operator.promote("prod", artifact=good.digest, strength=1.0, **WHO)
+        assert node.active.wait_for(1, 5).artifact.digest == good.digest
+        operator.promote("prod", artifact=misfit.digest, **WHO)
+        eventually(lambda: node.status.refused_revision == 2)
+        assert node.status.last_error.startswith("no_such_site")
+        current = node.active.current
+        assert (current.revision, current.artifact.digest) == (1, good.digest)
+        operator.promote("prod", enabled=False, **WHO)
+        assert node.active.wait_for(3, 5).artifact is None
+    # Before the swap each time, and never for "off".
+    assert looked_at == [(good.digest, 0), (misfit.digest, 1)]
+
+
+def test_a_check_that_fails_without_a_steering_error_changes_nothing(
+    service, operator, publisher, artifact, subscribe, tmp_path
+):
+    publisher.publish(operator, artifact())
+    operator.promote("prod", artifact=artifact().digest, strength=1.0, **WHO)
+
+    def check(item):
+        raise ZeroDivisionError("a bug")
+
+    with subscribe(service.address, check=check) as node:
+        eventually(lambda: node.status.refused_revision == 1)
+        assert node.active.current.revision == 0
+    with subscribe(service.address) as node:
+        node.active.wait_for(1, 5)
+        eventually((tmp_path / "cache/state/node-1/prod.json").exists)
+    service.kill()
+    with subscribe(service.address, check=check) as node:
+        assert node.active.current.revision == 0
+
+
+def test_the_check_also_looks_at_what_is_restored(
+    service, operator, publisher, artifact, subscribe, tmp_path
+):
+    publisher.publish(operator, artifact())
+    operator.promote("prod", artifact=artifact().digest, strength=1.0, **WHO)
+    with subscribe(service.address) as node:
+        node.active.wait_for(1, 5)
+        eventually((tmp_path / "cache/state/node-1/prod.json").exists)
+    service.kill()
+
+    def refuse(item):
+        raise Refused("another model", kind="no_such_site")
+
+    with subscribe(service.address, check=refuse) as node:
+        assert (node.active.current.revision, node.active.current.artifact) == (0, None)
+    with subscribe(service.address, check=lambda item: None) as node:
+        assert node.active.current.artifact.digest == artifact().digest
 
 
 def test_a_killed_service_changes_nothing_and_a_new_one_converges(

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -168,6 +169,63 @@ def test_create_again_with_another_plan_is_refused(root):
         with pytest.raises(Conflict) as caught:
             ActivationCache.create(root, CAPTURE, streams, index, files)
         assert caught.value.kind == "cache_differs"
+
+
+def parquet(table, **options):
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    return sink.getvalue().to_pybytes()
+
+
+def test_create_again_compares_parquet_files_as_tables(root):
+    """Their bytes change with the version of pyarrow, which must not make another plan of them."""
+    table = pa.table({"prompt": ["a", "b"], "row": [0, 1]})
+    first, again = parquet(table, compression="zstd"), parquet(table, compression="none")
+    annotated = parquet(table.replace_schema_metadata({"writer": "another"}))
+    assert len({first, again, annotated}) == 3
+    made = ActivationCache.create(root, CAPTURE, [A, B], INDEX, {"prompts.parquet": first})
+    for same in (first, again, annotated):
+        cache = ActivationCache.create(root, CAPTURE, [A, B], INDEX, {"prompts.parquet": same})
+        assert cache.location.get("prompts.parquet") == first
+    other_rows = parquet(table.set_column(1, "row", pa.array([1, 0])))
+    other_type = parquet(table.set_column(1, "row", pa.array([0, 1], pa.int32())))
+    for other in (other_rows, other_type, b"no Parquet", first[:-9]):
+        with pytest.raises(Conflict, match="prompts.parquet") as caught:
+            ActivationCache.create(root, CAPTURE, [A, B], INDEX, {"prompts.parquet": other})
+        assert caught.value.kind == "cache_differs"
+    assert made.location.get("prompts.parquet") == first
+
+
+def test_notes_are_kept_and_never_compared(root):
+    def make(notes):
+        return ActivationCache.create(root, CAPTURE, [A, B], INDEX, {}, notes=notes)
+
+    cache = make({"left_out.jsonl": b"first"})
+    for notes in ({"left_out.jsonl": b"second"}, {"more.txt": b"late"}, {}, None):
+        make(notes)
+        assert cache.location.get("left_out.jsonl") == b"first"
+        assert not cache.location.exists("more.txt")
+    # Without capture.json there is no cache yet, and the notes are of whoever makes it.
+    cache.location.delete("capture.json")
+    make({"left_out.jsonl": b"third"})
+    assert cache.location.get("left_out.jsonl") == b"third"
+    for notes, kind in (({"capture.json": b""}, "file_name"), ({"../x": b""}, "key")):
+        with pytest.raises(InvalidInput) as caught:
+            make(notes)
+        assert caught.value.kind == kind
+    with pytest.raises(InvalidInput, match="files and as notes"):
+        ActivationCache.create(root, CAPTURE, [A, B], INDEX, {"p": b""}, notes={"p": b""})
+
+
+def test_stray_files_are_no_records(root):
+    cache = fill(root)
+    for name in ("notes.txt", "1.json", "000000001.json", "00000001.json.bak"):
+        cache.location.put_new(f"_commits/z/{name}", b"stray")
+    cache.location.delete("_commits/z/00000001.json")
+    cache.location.delete("_COMPLETE")
+    again = ActivationCache.open(root, cache.digest)
+    assert again.committed() == {0, 2}
+    assert again.missing() == [1]
 
 
 def test_create_refuses_nonsense(root):

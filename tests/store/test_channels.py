@@ -8,6 +8,7 @@ import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import obstore
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -33,6 +34,16 @@ def append(log, channel="prod", expected_revision=0, **more):
     return log.append(channel, expected_revision=expected_revision, **{**fields, **more})
 
 
+def leave(location, key):
+    """Put an object past the store, as people and desktops do."""
+    if (path := location.local_path()) is not None:
+        (path / key).parent.mkdir(parents=True, exist_ok=True)
+        (path / key).write_bytes(b"stray")
+    else:
+        bucket, _ = location.obstore_and_prefix()
+        obstore.put(bucket, key, b"stray")
+
+
 @pytest.fixture(params=["local", "memory"])
 def log(request, tmp_path):
     return ChannelLog(Location.open(tmp_path if request.param == "local" else "memory://"))
@@ -51,6 +62,12 @@ def test_append_and_read(log):
     assert log.history("prod") == [first, second]
     assert log.history("prod", after=1) == [second]
     assert log.history("prod", after=2) == []
+    assert log.history("prod", after=7) == []
+    assert log.history("prod", limit=1) == [first]
+    assert log.history("prod", after=1, limit=5) == [second]
+    for bad in (0, -1):
+        with pytest.raises(InvalidInput):
+            log.history("prod", limit=bad)
     assert log.names() == ["prod"]
     log.verify("prod")
     when = datetime.fromisoformat(first.time)
@@ -137,11 +154,62 @@ def test_absent(log):
         (lambda: log.head("dev"), "no_channel"),
         (lambda: log.verify("dev"), "no_channel"),
         (lambda: log.entry("prod", 2), "no_revision"),
+        (lambda: log.history("dev"), "no_channel"),
+        (lambda: log.history("dev", after=3, limit=1), "no_channel"),
     ):
         with pytest.raises(NotFound) as caught:
             call()
         assert caught.value.kind == kind
-    assert log.history("dev") == []
+
+
+def test_stray_files_are_no_entries(log):
+    first = append(log)
+    for name in (".DS_Store", "notes.txt", "00000000.json", "00000002.json.bak", "9.json"):
+        leave(log.location, f"channels/prod/{name}")
+    leave(log.location, "channels/prod/old/00000009.json")
+    leave(log.location, "channels/.trash/00000001.json")
+    leave(log.location, "channels/Not a channel/00000001.json")
+    leave(log.location, "channels/README.md")
+    reader = ChannelLog(log.location)
+    assert reader.head("prod") == first
+    assert reader.history("prod") == [first]
+    assert reader.names() == ["prod"]
+    second = append(reader, expected_revision=1)
+    assert reader.history("prod") == [first, second]
+    reader.verify("prod")
+    leave(log.location, "channels/strays-only/notes.txt")
+    with pytest.raises(NotFound):
+        reader.head("strays-only")
+
+
+def test_history_reads_only_what_is_asked_for_and_the_entry_before(log):
+    entries = [append(log, expected_revision=revision) for revision in range(6)]
+    for revision in (1, 6):  # what is not read cannot be found to be damaged
+        log.location.replace(f"channels/prod/{revision:08d}.json", b"damaged")
+    assert log.history("prod", after=2, limit=3) == entries[2:5]
+    with pytest.raises(Corrupt):
+        log.history("prod", after=2)
+    with pytest.raises(Corrupt):
+        log.history("prod", limit=1)
+
+
+def test_history_finds_altered_entries(log):
+    for revision in range(4):
+        append(log, expected_revision=revision)
+    key = "channels/prod/00000002.json"
+    whole = log.location.get(key)
+    changed = json.loads(whole) | {"strength": 9}
+    log.location.replace(key, ChannelEntry.model_validate(changed).to_bytes())
+    for after in (0, 1, 2):  # at 2, the altered one lies before the first that is wanted
+        with pytest.raises(Corrupt, match="revision 3 names") as caught:
+            log.history("prod", after=after)
+        assert caught.value.kind == "channel_chain"
+    assert [entry.revision for entry in log.history("prod", after=3)] == [4]
+    log.location.delete(key)
+    for after in (0, 1, 2):
+        with pytest.raises(Corrupt, match="revision 2 is gone, revision 3 is there") as caught:
+            log.history("prod", after=after)
+        assert caught.value.kind == "channel_gap"
 
 
 def test_altered_logs_are_found(log):
@@ -171,7 +239,7 @@ def test_altered_logs_are_found(log):
         log.verify("prod")
 
     log.location.delete(key)
-    with pytest.raises(Corrupt, match="revision 2 is gone, the log goes to 4") as caught:
+    with pytest.raises(Corrupt, match="revision 2 is gone, revision 3 is there") as caught:
         log.verify("prod")
     assert caught.value.kind == "channel_gap"
 
@@ -218,13 +286,16 @@ class ChannelMachine(RuleBasedStateMachine):
     def read(self, which, channel, after):
         entries = self.model.get(channel, [])
         log = self.logs[which]
-        assert log.history(channel, after=after) == entries[after:]
         if entries:
+            assert log.history(channel, after=after) == entries[after:]
+            assert log.history(channel, after=after, limit=2) == entries[after : after + 2]
             assert log.head(channel) == entries[-1]
             log.verify(channel)
         else:
             with pytest.raises(NotFound):
                 log.head(channel)
+            with pytest.raises(NotFound):
+                log.history(channel, after=after)
 
     @invariant()
     def same_names(self):

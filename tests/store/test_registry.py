@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import obstore
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +37,17 @@ def test_publish_and_read(registry):
     assert registry.read_payload(digest, 250, 100) == payload[250:]
     assert registry.read_payload(digest, 256, 1) == b""
     assert registry.list() == [digest]
+
+
+def test_stray_files_are_no_artifacts(registry):
+    digest = registry.publish(manifest_of(b"p"), b"p", b"s")
+    for key in ("notes.txt", "README/manifest.json", f"{digest}/old/manifest.json"):
+        registry.location.put_new(f"artifacts/{key}", b"stray")
+    bucket = registry.location.obstore_and_prefix()
+    if bucket is not None:  # a disk hides these anyway
+        obstore.put(bucket[0], "artifacts/.DS_Store", b"stray")
+    assert registry.list() == [digest]
+    assert registry.list(after=digest) == []
 
 
 def test_publish_again(registry):
