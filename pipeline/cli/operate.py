@@ -139,8 +139,9 @@ def serve(
 ) -> None:
     """Run the steering service until Ctrl-C.
 
-    It keeps no state but the store, so any number may run over one store. It logs JSON on stderr. Without TLS, which comes
-    with a later release, it listens on loopback addresses only. Port 0 takes a free one.
+    It keeps no state but the store, so any number may run over one store, and logs JSON on stderr.
+    Without TLS, which comes with a later release, it listens on loopback addresses only. Port 0
+    takes a free one.
     """
     from steering_service.core.signing import TrustRoots
     from steering_service.server.app import serve as run_server
