@@ -16,15 +16,17 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 # Another seed kills at other moments; a failure names its seed and moment.
 SEED = 20261121
 NUM_KILLS = 5
+TRIALS = range(2)
 
 StartDriver = Callable[[Path], Any]
 Records = Mapping[str, tuple[int, int]]
 
 
+@pytest.mark.parametrize("trial", TRIALS)
 def test_killed_workers_are_replaced(
-    start_driver: StartDriver, tmp_path: Path, undisturbed: dict[str, str]
+    start_driver: StartDriver, tmp_path: Path, undisturbed: dict[str, str], trial: int
 ) -> None:
-    moments = random.Random(f"{SEED} worker")
+    moments = random.Random(f"{SEED} worker {trial}")
     driver = start_driver(tmp_path)
     for _ in range(NUM_KILLS):
         before = _wait_for_moment(driver, moments)
@@ -39,11 +41,12 @@ def test_killed_workers_are_replaced(
     assert driver.wait_for_family_to_end(30) == []
 
 
+@pytest.mark.parametrize("trial", TRIALS)
 def test_killed_drivers_are_run_again(
-    start_driver: StartDriver, tmp_path: Path, undisturbed: dict[str, str]
+    start_driver: StartDriver, tmp_path: Path, undisturbed: dict[str, str], trial: int
 ) -> None:
     """The same command again and again, killed each time but the last."""
-    moments = random.Random(f"{SEED} driver")
+    moments = random.Random(f"{SEED} driver {trial}")
     before: Records = {}
     for _ in range(NUM_KILLS):
         driver = start_driver(tmp_path)
