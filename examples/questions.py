@@ -57,7 +57,7 @@ def refusal() -> Question:
     return Question(
         EXAMPLES / "refusal.toml",
         "Refusal",
-        (-1.5, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
+        (-1.0, -0.8, -0.6, -0.4, -0.2, 0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0),
         raised=jailbroken,
         lowered=plain,
         kept=benign,
