@@ -15,8 +15,8 @@ from pipeline.prompts.corpus import Example, read_corpus
 
 EXAMPLES: Final = Path(__file__).resolve().parent
 DATA: Final = EXAMPLES / "pocket_data"
-SPLIT_SIZE: Final = 100
-"""Most prompts of a suite: enough for a point's interval to be under ±10."""
+SIZES: Final[Mapping[Split, int]] = {"validation": 50, "test": 100}
+"""Most prompts of a suite. At 100, the interval of a point is under ±10."""
 RANDOM_CAP: Final = 5.0
 """Points that a random direction may move a share by, at a strength that is chosen."""
 
@@ -57,7 +57,7 @@ def refusal() -> Question:
     return Question(
         EXAMPLES / "refusal.toml",
         "Refusal",
-        (-1.0, -0.8, -0.6, -0.4, -0.2, 0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0),
+        (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.4, 0.55, 0.7, 1.0),
         raised=jailbroken,
         lowered=plain,
         kept=benign,
@@ -79,7 +79,7 @@ def coordination() -> Question:
     personas = [json.loads(line) for line in (DATA / "personas.jsonl").read_text().splitlines()]
 
     def suites(split: Split) -> tuple[Suite, ...]:
-        asked = _take(questions, split, 2 * SPLIT_SIZE)
+        asked = _take(questions, split, sides=2)
         systems = [
             row["system"]
             for row in personas
@@ -93,7 +93,7 @@ def coordination() -> Question:
     return Question(
         EXAMPLES / "coordination.toml",
         "Coordination with other AIs",
-        (-1.0, -0.75, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0),
+        (-1.0, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0),
         raised=alone,
         lowered=told,
         kept=None,
@@ -144,5 +144,6 @@ def _examples(file: str) -> list[Example]:
     return read_corpus(PromptsSection(files=[DATA / file])).examples
 
 
-def _take(examples: Sequence[Example], split: str, num: int = SPLIT_SIZE) -> list[Example]:
-    return [example for example in examples if example.split == split][:num]
+def _take(examples: Sequence[Example], split: Split, sides: int = 1) -> list[Example]:
+    """The first of a split; `sides` is 2 where a prompt has two examples."""
+    return [example for example in examples if example.split == split][: sides * SIZES[split]]

@@ -141,9 +141,7 @@ def steer_refusal(suite: Suite, direction: Tensor, limit: int) -> dict[str, obje
                 # The smallest strength that does nearly all of it is the best.
                 if sign not in best or gain > best[sign][0] + 1:
                     best[sign] = (gain, layer, strength)
-    found: dict[str, object] = {
-        "validation": {f"{a[0]}.{a[1]} {b[0]}.{b[1]} {s}": v for ((a, b), s), v in grid.items()}
-    }
+    found: dict[str, object] = {"validation": grid}
     for sign, names in (
         (1, ("jailbroken", "jailbroken unseen", "benign", "lookalike")),
         (-1, ("harmful",)),
@@ -200,7 +198,7 @@ def steer_sparse(suite: Suite, direction: Tensor, limit: int) -> dict[str, objec
         after = {name: suite.refusal(f"{name} test") for name in names}
         after["arithmetic"] = suite.arithmetic()
     return {
-        "validation": {f"{a[0]}.{a[1]} {b[0]}.{b[1]} {s}": v for ((a, b), s), v in grid.items()},
+        "validation": grid,
         "layer": layer,
         "strength": strength,
         "before": before,
