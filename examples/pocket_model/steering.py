@@ -15,7 +15,7 @@ from torch import Tensor
 STRENGTHS = (0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.85, 1.0)
 SPARSE_STRENGTHS = (0.7, 1.0, 1.4, 1.8, 2.4)
 CHOICE_STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
-HEAD_STRENGTHS = (6.0, 9.0, 12.0, 16.0, 20.0)
+HEAD_STRENGTHS = (8.0, 12.0, 16.0)
 NUM_RANDOM = 5
 _DECIDED = 8  # tokens after which a reply shows whether it refuses
 
@@ -269,7 +269,7 @@ def steer_heads(suite: Suite, data: Path, limit: int, position: int = -2) -> dic
         for head in range(unit.shape[1]):
             with pocket.pushed(vectors([(layer, head)], 16.0), heads=True):
                 single[layer, head] = suite.cooperation("validation", limit=limit)
-    leading = sorted(single, key=lambda k: -single[k])[:5]
+    leading = sorted(single, key=lambda k: -single[k])[:4]
     grid = {}
     for pair in itertools.combinations(leading, 2):
         for alpha in HEAD_STRENGTHS:
