@@ -35,7 +35,8 @@ class JsonFormatter(logging.Formatter):
             "event": record.getMessage(),
         }
         for name, value in record.__dict__.items():
-            if name not in _STANDARD:
+            # A leading underscore: put there by a record factory (Ray installs one), not by us.
+            if name not in _STANDARD and not name.startswith("_"):
                 line[f"{name}_" if name in _OWN else name] = _plain(value)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
