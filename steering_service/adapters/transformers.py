@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steering_service.adapters.deciding import Deciding
 from steering_service.adapters.hooks import Tap, attach
 from steering_service.adapters.sites import ModelSites
 from steering_service.core.artifact import Artifact
+from steering_service.core.controller import Decision
 from steering_service.core.errors import InvalidInput, SteeringError
 from steering_service.core.intervention import Intervention, Positions, edit
 from steering_service.core.site import Site
@@ -85,7 +87,8 @@ def steered(
         The `Steering`, through which a scoring pass names its prompt lengths.
 
     Raises:
-        InvalidInput: A site that the model does not have, or a vector of another width.
+        InvalidInput: A site that the model does not have, or a vector or controller of another
+            width.
         Refused: The strength is outside the artifact's policy.
     """
     if isinstance(source, Artifact):
@@ -123,15 +126,27 @@ def fits(model: nn.Module) -> Callable[[Artifact], None]:
 
 def _check(sites: ModelSites, artifact: Artifact) -> None:
     for item in artifact.interventions:
-        sites.check(item.site)
-        per_head = item.site.head is not None
-        expected = sites.head_dim if per_head else sites.width(item.site.stream)
-        got = item.direction.vector_D.shape[0]
+        expected, got = _width(sites, item.site), item.direction.vector_D.shape[0]
         if got != expected:
             raise InvalidInput(
                 f"artifact's vector at {item.site} has width {got}; this model's is {expected}",
                 kind="direction_width",
             )
+    if artifact.controller is not None:
+        reads = artifact.controller.reads
+        expected, got = sum(_width(sites, site) for site in reads), artifact.controller.read_width
+        if got != expected:
+            raise InvalidInput(
+                f"artifact's controller reads {got} activations; this model has {expected} at "
+                f"{', '.join(map(str, reads))}",
+                kind="controller_width",
+            )
+
+
+def _width(sites: ModelSites, site: Site) -> int:
+    """Width of a site; refuses one that the model does not have."""
+    sites.check(site)
+    return sites.width(site.stream) if site.head is None else sites.head_dim
 
 
 class Steering:
@@ -146,6 +161,7 @@ class Steering:
         self._given_prompt_T: int | Tensor | None = None
         self._prompt_T: int | Tensor = 0
         self._cached = 0
+        self._deciding: Deciding | None = None
         # Attached to the body, not the blocks: it runs once a forward pass, before any block.
         self._root = self._sites.body.register_forward_pre_hook(self._begin, with_kwargs=True)
         try:
@@ -159,6 +175,13 @@ class Steering:
         """What the sequence in progress, or the last one, is steered with."""
         assert self._deployed is not None
         return self._deployed
+
+    @property
+    def decision(self) -> Decision | None:
+        """What the artifact's controller decided for the rows of the request in progress, or of the
+        last one; None without a controller, or before its first request.
+        """
+        return None if self._deciding is None else self._deciding.decision
 
     def set_prompt_lengths(self, lengths: int | Sequence[int] | None) -> None:
         """Say where the prompts of the following forward passes end.
@@ -202,9 +225,14 @@ class Steering:
             self._prompt_T = self._given_prompt_T
         elif is_prompt:
             self._prompt_T = self._cached + num_positions
-        if not is_prompt:
-            return
-        # A new request begins: the only moment at which the deployment may change.
+        if is_prompt:
+            # A new request begins: the only moment at which the deployment may change.
+            self._follow()
+        if self._deciding is not None:
+            self._deciding.begin(num_positions, self._cached, self._prompt_T)
+
+    def _follow(self) -> None:
+        """Take over what the source runs now, if it is something else."""
         current = self._source.current
         if current.identity in (self.deployed.identity, self._refused):
             return
@@ -221,34 +249,61 @@ class Steering:
 
     def _deploy(self, deployed: Deployed) -> None:
         """Put a deployment in the place of the one before; raises before anything has changed."""
-        by_site: dict[Site, list[Intervention]] = {}
-        if deployed.artifact is not None and deployed.strength != 0:
-            deployed.artifact.manifest.policy.check(deployed.strength)
-            _check(self._sites, deployed.artifact)
-            for item in deployed.artifact.interventions:
-                by_site.setdefault(Site(item.site.stream, item.site.layer), []).append(item)
+        by_site: dict[Site, list[tuple[int, Intervention]]] = {}
+        deciding = None
+        artifact = deployed.artifact
+        if artifact is not None and deployed.strength != 0:
+            artifact.manifest.policy.check(deployed.strength)
+            _check(self._sites, artifact)
+            if artifact.controller is not None:
+                deciding = Deciding(artifact.controller, self._sites.head_dim)
+                by_site |= {Site(s.stream, s.layer): [] for s in artifact.controller.reads}
+            for number, item in enumerate(artifact.interventions):
+                site = Site(item.site.stream, item.site.layer)
+                by_site.setdefault(site, []).append((number, item))
         self._remove_taps()
         for site, items in by_site.items():
-            tap = self._tap(items, deployed.strength)
+            tap = self._tap(site, items, deployed.strength, deciding)
             self._taps.append(attach(self._sites, site, tap))
-        self._deployed, self._refused = deployed, None
+        self._deployed, self._refused, self._deciding = deployed, None, deciding
 
-    def _tap(self, items: Sequence[Intervention], strength: float) -> Tap:
+    def _tap(
+        self,
+        site: Site,
+        numbered: Sequence[tuple[int, Intervention]],
+        strength: float,
+        deciding: Deciding | None,
+    ) -> Tap:
         head_dim = self._sites.head_dim
+        items = [item for _, item in numbered]
         steps: list[Tensor] | None = None
 
-        def tap(h_BTW: Tensor) -> Tensor:
+        def tap(h_BTW: Tensor) -> Tensor | None:
             nonlocal steps
+            decided: list[Any] = [1.0] * len(items)
+            if deciding is not None:
+                deciding.read(site, h_BTW)
+                decided = [
+                    deciding.strength(number, h_BTW.shape[0], h_BTW.device)
+                    for number, _ in numbered
+                ]
+                if all(factor is None for factor in decided):
+                    # Nothing to do here for any row: their values stay those of the plain model.
+                    return None
             if steps is None or steps[0].device != h_BTW.device or steps[0].dtype != h_BTW.dtype:
                 steps = [torch.tensor(i.step_D).to(h_BTW.device, h_BTW.dtype) for i in items]
             out_BTW = h_BTW.clone()
-            for item, step_D in zip(items, steps, strict=True):
+            for item, step_D, factor in zip(items, steps, decided, strict=True):
+                if factor is None:
+                    continue
                 head = item.site.head
                 start, stop = (
                     (0, None) if head is None else (head * head_dim, (head + 1) * head_dim)
                 )
                 view_BTD = out_BTW[..., start:stop]
-                edited_BTD = edit(view_BTD, step_D, item.operation, strength * item.weight)
+                edited_BTD = edit(
+                    view_BTD, step_D, item.operation, factor * (strength * item.weight)
+                )
                 self._write(view_BTD, edited_BTD, item.positions)
             return out_BTW
 

@@ -1,4 +1,5 @@
-"""Artifact: content-addressed Interventions: a canonical JSON manifest and a safetensors payload.
+"""Artifact: content-addressed Interventions, perhaps with a Controller: canonical JSON manifest and
+safetensors payload.
 
 The digest of an artifact is the sha256 of its manifest, and the manifest holds the sha256 of the
 payload, so one digest names everything. Only JSON and safetensors are ever parsed, never pickle.
@@ -18,6 +19,7 @@ import safetensors
 import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from steering_service.core.controller import TENSORS, Controller, Mode, check_order
 from steering_service.core.direction import Direction
 from steering_service.core.errors import Corrupt, InvalidInput, Refused
 from steering_service.core.intervention import Intervention, Operation, Positions, StrengthUnit
@@ -25,6 +27,7 @@ from steering_service.core.site import Site
 
 SCHEMA_VERSION: Final = 1
 MAX_MANIFEST_BYTES: Final = 4 << 20
+_CONTROLLER: Final = "controller."
 
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -89,11 +92,19 @@ class InterventionRecord(_Frozen):
     scores: dict[str, Finite]
 
 
+class ControllerRecord(_Frozen):
+    """The Controller of an artifact; its tensors are the payload's of the prefix `controller.`."""
+
+    mode: Mode
+    reads: Annotated[list[str], Field(min_length=1)]
+    threshold: Finite
+
+
 class Manifest(_Frozen):
     """What an artifact is; see `build` for the fields."""
 
     schema_version: Literal[1]
-    kind: Literal["intervention"]
+    kind: Literal["intervention", "controller"]
     name: Annotated[str, Field(min_length=1, max_length=200)]
     model: ModelReference
     interventions: Annotated[list[InterventionRecord], Field(min_length=1)]
@@ -101,6 +112,14 @@ class Manifest(_Frozen):
     parents: list[Hex]
     lineage: dict[str, Any]
     payload: Payload
+    controller: ControllerRecord | None = None
+    """Only in manifests of the kind ``controller``; the others lack the field."""
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> Manifest:
+        if (self.kind == "controller") != (self.controller is not None):
+            raise ValueError(f"kind {self.kind!r} and the field `controller` do not go together")
+        return self
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,13 +130,15 @@ class Artifact:
         digest: sha256 of `manifest_bytes`, hex.
         manifest: The parsed manifest.
         interventions: In the order of the manifest.
+        controller: What decides their strengths for each request, or None: they are constant.
         manifest_bytes: Canonical JSON (RFC 8785).
-        payload_bytes: safetensors, one float32 [D] tensor an Intervention.
+        payload_bytes: safetensors, one float32 [D] tensor an Intervention, and the controller's.
     """
 
     digest: str
     manifest: Manifest
     interventions: tuple[Intervention, ...]
+    controller: Controller | None
     manifest_bytes: bytes = field(repr=False)
     payload_bytes: bytes = field(repr=False)
 
@@ -128,6 +149,7 @@ def build(
     name: str,
     model: ModelReference,
     policy: Policy,
+    controller: Controller | None = None,
     parents: Sequence[str] = (),
     lineage: Mapping[str, Any] | None = None,
 ) -> Artifact:
@@ -138,11 +160,13 @@ def build(
         name: For people; not unique.
         model: The model that the directions were fitted on.
         policy: Strength limits that every node enforces.
+        controller: Decides for each request how strongly each Intervention acts.
         parents: Digests of what this was derived from: captures or artifacts.
         lineage: Settings and scores worth keeping; JSON values only.
 
     Raises:
-        InvalidInput: Two Interventions of one site and operation, or values that JSON cannot hold.
+        InvalidInput: Two Interventions of one site and operation, values that JSON cannot hold, or
+            a controller that weighs another number of Interventions or reads what comes after them.
     """
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     records = []
@@ -168,11 +192,19 @@ def build(
                 scores={k: float(v) for k, v in item.direction.scores.items()},
             )
         )
+    record = None
+    if controller is not None:
+        tensors |= {f"{_CONTROLLER}{key}": value for key, value in controller.tensors().items()}
+        record = ControllerRecord(
+            mode=controller.mode,
+            reads=[str(site) for site in controller.reads],
+            threshold=float(controller.threshold),
+        )
     payload = safetensors.numpy.save(tensors)
     try:
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            kind="intervention",
+            kind="intervention" if controller is None else "controller",
             name=name,
             model=model,
             interventions=records,
@@ -180,8 +212,12 @@ def build(
             parents=list(parents),
             lineage=dict(lineage or {}),
             payload=Payload(sha256=hashlib.sha256(payload).hexdigest(), size=len(payload)),
+            controller=record,
         )
-        manifest_bytes = rfc8785.dumps(manifest.model_dump())
+        values = manifest.model_dump()
+        if record is None:
+            del values["controller"]
+        manifest_bytes = rfc8785.dumps(values)
     except (ValidationError, rfc8785.CanonicalizationError) as error:
         raise InvalidInput(f"artifact {name!r}: {error}", kind="artifact_manifest") from error
     return parse(manifest_bytes, payload)
@@ -234,24 +270,51 @@ def parse(manifest_bytes: bytes, payload_bytes: bytes) -> Artifact:
             kind="payload_format",
         ) from error
     names = [record.tensor for record in manifest.interventions]
+    if manifest.controller is not None:
+        names += [f"{_CONTROLLER}{name}" for name in TENSORS]
     if sorted(names) != sorted(tensors):
         raise InvalidInput(
             f"artifact {manifest.name!r}: manifest names tensors {sorted(names)}, "
             f"payload holds {sorted(tensors)}",
             kind="payload_tensors",
         )
-    interventions = tuple(
-        _restore(record, tensors[record.tensor]) for record in manifest.interventions
-    )
+    interventions = tuple(_restore(record, tensors) for record in manifest.interventions)
+    controller = _restore_controller(manifest, tensors)
     digest = hashlib.sha256(manifest_bytes).hexdigest()
-    return Artifact(digest, manifest, interventions, manifest_bytes, payload_bytes)
+    return Artifact(digest, manifest, interventions, controller, manifest_bytes, payload_bytes)
 
 
-def _restore(record: InterventionRecord, vector: np.ndarray[Any, Any]) -> Intervention:
-    if vector.dtype != np.float32:
+def _restore_controller(
+    manifest: Manifest, tensors: Mapping[str, np.ndarray[Any, Any]]
+) -> Controller | None:
+    record = manifest.controller
+    if record is None:
+        return None
+    w1, b1, w2, b2 = (_float32(f"{_CONTROLLER}{name}", tensors) for name in TENSORS)
+    reads = tuple(Site.parse(text) for text in record.reads)
+    controller = Controller(reads, w1, b1, w2, b2, threshold=record.threshold, mode=record.mode)
+    if controller.num_interventions != len(manifest.interventions):
         raise InvalidInput(
-            f"tensor {record.tensor!r}: expected float32, got {vector.dtype}", kind="payload_dtype"
+            f"artifact {manifest.name!r}: its controller weighs {controller.num_interventions} "
+            f"interventions, and the artifact has {len(manifest.interventions)}",
+            kind="controller_outputs",
         )
+    check_order(reads, tuple(Site.parse(item.site) for item in manifest.interventions))
+    return controller
+
+
+def _float32(name: str, tensors: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    if tensors[name].dtype != np.float32:
+        raise InvalidInput(
+            f"tensor {name!r}: expected float32, got {tensors[name].dtype}", kind="payload_dtype"
+        )
+    return tensors[name]
+
+
+def _restore(
+    record: InterventionRecord, tensors: Mapping[str, np.ndarray[Any, Any]]
+) -> Intervention:
+    vector = _float32(record.tensor, tensors)
     direction = Direction(
         site=Site.parse(record.site),
         vector_D=vector,

@@ -88,14 +88,14 @@ class Intervention:
         return self.direction.vector_D
 
 
-def edit(h_BTD: Any, step_D: Any, operation: Operation, strength: float) -> Any:
+def edit(h_BTD: Any, step_D: Any, operation: Operation, strength: Any) -> Any:
     """Apply one edit to hidden states, out of place.
 
     Args:
         h_BTD: [..., D] hidden states, numpy or torch.
         step_D: [D] `Intervention.step_D`, of the same library, dtype and device.
         operation: See `Intervention`.
-        strength: Strength times weight; the sign matters.
+        strength: Strength times weight; the sign matters. A number, or [B, 1, 1]: one a row.
 
     Returns:
         [..., D], the same type and dtype as the input.
