@@ -25,10 +25,13 @@ class Deciding:
     Args:
         controller: Of the artifact that is applied.
         head_dim: Width of a head, for reads at heads.
+        limits: Least and largest factor that the artifact's policy leaves room for. They bind a
+            `reference_compat` controller, whose scale has no bounds of its own.
     """
 
-    def __init__(self, controller: Controller, head_dim: int) -> None:
+    def __init__(self, controller: Controller, head_dim: int, limits: tuple[float, float]) -> None:
         self._controller = controller
+        self._limits = limits
         self._head_dim = head_dim
         self._sites = list(controller.reads)
         self._gathered: dict[Site, Tensor] = {}
@@ -88,7 +91,7 @@ class Deciding:
                 "not be added or dropped while a batch is answered",
                 kind="controller_rows",
             )
-        values_B = decision.strength_BI[:, number]
+        values_B = decision.strength_BI[:, number].clip(*self._limits)
         if not values_B.any():
             return None
         return torch.from_numpy(values_B.copy()).to(device)[:, None, None]

@@ -162,6 +162,7 @@ class Steering:
         self._prompt_T: int | Tensor = 0
         self._cached = 0
         self._deciding: Deciding | None = None
+        self._factor_BI: Tensor | None = None
         # Attached to the body, not the blocks: it runs once a forward pass, before any block.
         self._root = self._sites.body.register_forward_pre_hook(self._begin, with_kwargs=True)
         try:
@@ -203,6 +204,39 @@ class Steering:
             self._given_prompt_T = lengths
         else:
             self._given_prompt_T = torch.tensor(list(lengths))
+
+    def set_factors(self, factor_BI: Tensor | None) -> None:
+        """Multiply the strength of each Intervention, row by row, in the following forward passes.
+
+        For requests of one batch that are to be steered differently, and for training a controller:
+        gradients flow to the factors.
+
+        Args:
+            factor_BI: [B, I], one row a row of the batch, in the order of the artifact; None: 1
+                everywhere.
+
+        Raises:
+            Refused: A factor takes the strength out of the artifact's policy.
+            InvalidInput: Another number of Interventions than the artifact's, or an artifact that
+                has a controller, which sets the factors itself.
+        """
+        artifact = self.deployed.artifact
+        if factor_BI is not None and artifact is not None:
+            if artifact.controller is not None:
+                raise InvalidInput(
+                    "the artifact's controller decides its factors; set_factors is for artifacts "
+                    "without one",
+                    kind="factors_controller",
+                )
+            if factor_BI.ndim != 2 or factor_BI.shape[1] != len(artifact.interventions):
+                raise InvalidInput(
+                    f"factors: expected [rows, {len(artifact.interventions)}], one a row and "
+                    f"intervention, got shape {tuple(factor_BI.shape)}",
+                    kind="factors_shape",
+                )
+            for end in (factor_BI.min(), factor_BI.max()):
+                artifact.manifest.policy.check(self.deployed.strength * float(end))
+        self._factor_BI = factor_BI
 
     def close(self) -> None:
         """Remove every hook."""
@@ -256,7 +290,11 @@ class Steering:
             artifact.manifest.policy.check(deployed.strength)
             _check(self._sites, artifact)
             if artifact.controller is not None:
-                deciding = Deciding(artifact.controller, self._sites.head_dim)
+                deciding = Deciding(
+                    artifact.controller,
+                    self._sites.head_dim,
+                    artifact.manifest.policy.factors(deployed.strength),
+                )
                 by_site |= {Site(s.stream, s.layer): [] for s in artifact.controller.reads}
             for number, item in enumerate(artifact.interventions):
                 site = Site(item.site.stream, item.site.layer)
@@ -280,20 +318,16 @@ class Steering:
 
         def tap(h_BTW: Tensor) -> Tensor | None:
             nonlocal steps
-            decided: list[Any] = [1.0] * len(items)
             if deciding is not None:
                 deciding.read(site, h_BTW)
-                decided = [
-                    deciding.strength(number, h_BTW.shape[0], h_BTW.device)
-                    for number, _ in numbered
-                ]
-                if all(factor is None for factor in decided):
-                    # Nothing to do here for any row: their values stay those of the plain model.
-                    return None
+            factors = [self._factor(number, h_BTW, deciding) for number, _ in numbered]
+            if all(factor is None for factor in factors):
+                # Nothing to do here for any row: their values stay those of the plain model.
+                return None
             if steps is None or steps[0].device != h_BTW.device or steps[0].dtype != h_BTW.dtype:
                 steps = [torch.tensor(i.step_D).to(h_BTW.device, h_BTW.dtype) for i in items]
             out_BTW = h_BTW.clone()
-            for item, step_D, factor in zip(items, steps, decided, strict=True):
+            for item, step_D, factor in zip(items, steps, factors, strict=True):
                 if factor is None:
                     continue
                 head = item.site.head
@@ -308,6 +342,16 @@ class Steering:
             return out_BTW
 
         return tap
+
+    def _factor(
+        self, number: int, h_BTW: Tensor, deciding: Deciding | None
+    ) -> Tensor | float | None:
+        """What multiplies an Intervention's strength: 1, or [B, 1, 1]; None: 0 for every row."""
+        if deciding is not None:
+            return deciding.strength(number, h_BTW.shape[0], h_BTW.device)
+        if self._factor_BI is None:
+            return 1.0
+        return self._factor_BI[:, number].to(h_BTW.device)[:, None, None]
 
     def _write(self, view_BTD: Tensor, edited_BTD: Tensor, policy: Positions) -> None:
         """Copy the edited values into the positions that the policy names."""

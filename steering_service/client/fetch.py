@@ -249,6 +249,32 @@ class ArtifactCache:
             shutil.rmtree(self.root / artifact.digest / "replaced", ignore_errors=True)
 
 
+def fetch_artifact(
+    digest: str,
+    address: str,
+    *,
+    cache_dir: str | os.PathLike[str],
+    trust_roots: TrustRoots,
+    model_fingerprint: str,
+) -> Artifact:
+    """One artifact, checked as a node checks it, for programs that follow no channel.
+
+    Args:
+        digest: sha256 of the manifest.
+        address: Loopback host:port of the service; not asked where the artifact is cached.
+        cache_dir: See `ArtifactCache`; as for the two that follow.
+
+    Raises:
+        Refused, InvalidInput, NotFound, Corrupt, Unavailable: See `ArtifactCache.fetch`.
+    """
+    cache = ArtifactCache(cache_dir, trust_roots=trust_roots, model_fingerprint=model_fingerprint)
+    connection = Connection(address)
+    try:
+        return cache.fetch(digest, connection)
+    finally:
+        connection.close()
+
+
 def _read_all(file: BinaryIO) -> bytes:
     file.seek(0)
     return file.read()

@@ -62,6 +62,14 @@ class Policy(_Frozen):
                 kind="policy_strength",
             )
 
+    def factors(self, strength: float) -> tuple[float, float]:
+        """What a strength may be multiplied by, so that the product stays within the limits.
+
+        0, which is no steering, and 1 are always allowed.
+        """
+        ends = (self.min_strength / strength, self.max_strength / strength)
+        return min(*ends, 0.0), max(*ends, 1.0)
+
 
 class ModelReference(_Frozen):
     """The model that the artifact was made for."""

@@ -12,7 +12,7 @@ from steering_service.adapters.sites import ModelSites
 from steering_service.adapters.transformers import fits, steered
 from steering_service.core.artifact import Artifact, ModelReference, Policy, build
 from steering_service.core.controller import Controller
-from steering_service.core.errors import InvalidInput
+from steering_service.core.errors import InvalidInput, Refused
 from steering_service.core.intervention import edit
 from steering_service.core.site import Site
 
@@ -251,3 +251,51 @@ def test_an_edit_takes_a_strength_a_row() -> None:
         for row in range(2):
             one = edit(h_BTD[row : row + 1], step, operation, float(strengths[row]))
             torch.testing.assert_close(both[row : row + 1], one)
+
+
+def test_no_controller_takes_a_strength_out_of_the_signed_policy(
+    model: Any, artifact_of: Any, make_intervention: Any
+) -> None:
+    """The raw logit of reference_compat has no bounds; the node's limits hold all the same."""
+    ids_BT = torch.randint(5, 300, (1, 6), generator=torch.Generator().manual_seed(4))
+    wild = make_controller(mode="reference_compat")
+    arrays = wild.tensors() | {"output_bias": np.array([1e6, 30, 30], np.float32)}
+    wild = Controller(wild.reads, *arrays.values(), mode="reference_compat")
+    limited = build(
+        [make_intervention("resid_post.1", 64, 0), make_intervention("z.2.3", 16, 1)],
+        name="limit",
+        model=ModelReference(name="tiny", fingerprint="0" * 64),
+        policy=Policy(min_strength=-2.0, max_strength=2.0),
+    )
+    with torch.inference_mode():
+        with steered(model, artifact_of(wild), 0.5):
+            got = model(ids_BT).logits
+        with steered(model, limited, 2.0):
+            expected = model(ids_BT).logits
+    torch.testing.assert_close(got, expected)
+
+
+def test_factors_steer_rows_of_a_batch_differently(model: Any, artifact_of: Any) -> None:
+    ids_BT = torch.randint(5, 300, (2, 6), generator=torch.Generator().manual_seed(4))
+    artifact = artifact_of(None)
+    factor_BI = torch.tensor([[0.5, 0.5], [1.0, 1.0]], requires_grad=True)
+    with steered(model, artifact, 1.0) as steering:
+        steering.set_factors(factor_BI)
+        both = model(ids_BT).logits
+        both.sum().backward()
+        steering.set_factors(None)
+        with pytest.raises(InvalidInput, match=r"expected \[rows, 2\]"):
+            steering.set_factors(torch.ones(2, 3))
+        with pytest.raises(Refused, match=r"strength 3\.0 is outside"):
+            steering.set_factors(torch.full((2, 2), 3.0))
+    assert factor_BI.grad is not None
+    assert (factor_BI.grad != 0).all()
+    for row, strength in enumerate((0.5, 1.0)):
+        with steered(model, artifact, strength), torch.inference_mode():
+            alone = model(ids_BT[row : row + 1]).logits
+        torch.testing.assert_close(both[row : row + 1].detach(), alone, rtol=1e-4, atol=1e-4)
+    with (
+        steered(model, artifact_of(make_controller()), 1.0) as steering,
+        pytest.raises(InvalidInput, match="controller decides its factors"),
+    ):
+        steering.set_factors(factor_BI)
