@@ -204,7 +204,8 @@ def _log_odds(run_file: Path, model_path: Path, folder: Path) -> dict[str, float
     run = load_run_file(run_file)
     root = Location.open(str(folder / "store"))
     planned = plan(run, root)
-    reduction = Reduction.open(root, reduction_digest(planned.cache.digest, run.reduce.method))
+    digest = reduction_digest(planned.cache.digest, run.reduce.method, run.reduce.parameters)
+    reduction = Reduction.open(root, digest)
     artifact = build_artifact(reduction, run.publish, name=run.name, model=planned.model)
     model, tokenizer = load_model(model_path, "float32"), load_tokenizer(model_path)
     texts = [str(row["prompt"]) for row in _gender_rows() if row["split"] == "test"]

@@ -1,6 +1,6 @@
 """Moments: count, mean and centred second moment, mergeable in any order.
 
-Shapes: N rows, ... any trailing shape, such as [L, W].
+Shapes: N rows, ... any trailing shape, such as [L, W]; H heads, D width of a site.
 """
 
 from __future__ import annotations
@@ -68,3 +68,52 @@ class Moments:
     def variance(self) -> Float64:
         """Float64 [...], of the population."""
         return self.m2 / max(self.count, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CrossMoments:
+    """Moments of a set of rows, of which the second is a matrix for every head.
+
+    Attributes:
+        count: Rows.
+        mean_HD: Float64 [H, D].
+        m2_HDD: Float64 [H, D, D], the sum of outer products of the distances from the mean.
+    """
+
+    count: int
+    mean_HD: Float64
+    m2_HDD: Float64
+
+    @classmethod
+    def of(cls, values_NHD: NDArray[Any]) -> CrossMoments:
+        """Moments of rows.
+
+        Args:
+            values_NHD: [N, H, D], any float dtype; N may be 0.
+        """
+        if len(values_NHD) == 0:
+            return cls.empty(*values_NHD.shape[1:])
+        rows_HND = np.ascontiguousarray(values_NHD.swapaxes(0, 1), dtype=np.float64)
+        mean_HD = rows_HND.mean(axis=1)
+        rows_HND = rows_HND - mean_HD[:, None]
+        return cls(len(values_NHD), mean_HD, rows_HND.swapaxes(1, 2) @ rows_HND)
+
+    @classmethod
+    def empty(cls, num_heads: int, width: int) -> CrossMoments:
+        """Moments of no rows: the neutral element of `merge`."""
+        return cls(0, np.zeros((num_heads, width)), np.zeros((num_heads, width, width)))
+
+    def merge(self, other: CrossMoments) -> CrossMoments:
+        """Moments of both sets together; see `Moments.merge`."""
+        if self.count == 0:
+            return other
+        if other.count == 0:
+            return self
+        count = self.count + other.count
+        delta_HD = other.mean_HD - self.mean_HD
+        outer_HDD = delta_HD[:, :, None] * delta_HD[:, None, :]
+        return CrossMoments(
+            count,
+            self.mean_HD + delta_HD * (other.count / count),
+            self.m2_HDD + other.m2_HDD + outer_HDD * (self.count * other.count / count),
+        )

@@ -1,17 +1,17 @@
 """Reduce: a finished cache becomes a direction and scores for every layer and every head.
 
-Two passes of Ray tasks over the cache. The first makes Moments a class and merges them in a tree;
-the second projects every row on the directions, which is what sigma and the held-out scores need.
-Only Moments and projections leave a task.
+Two passes of Ray tasks over the cache. The first fits directions on the training rows; the second
+projects every row on them, which is what sigma and the held-out scores need. Activations do not
+leave a task, but for pairs that lie in different shards.
 
-Shapes: N rows, R rows of a shard, L layers, W width, H heads, D width of a site, S sites.
+Shapes: N rows, P pairs, L layers, W width, H heads, D width of a site, S sites.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,34 +19,19 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InvalidInput, NotFound
 from pipeline.ray_runtime import ray_session
-from pipeline.reduction.directions import difference_of_means, site_names, split_heads
-from pipeline.reduction.moments import Moments
+from pipeline.reduction.components import OrderedPairs, sign_by_pairs
+from pipeline.reduction.directions import site_names, split_heads
+from pipeline.reduction.fits import Fit, fit_all_probes, fit_components, fit_means, num_tasks
+from pipeline.reduction.methods import complete_parameters
+from pipeline.reduction.pairs import Pairs, check_pairs, find_pairs, pair_order
+from pipeline.reduction.passes import shard_groups
+from pipeline.reduction.projections import Projections, project
 from pipeline.reduction.results import Reduction, reduction_digest
-from pipeline.reduction.scores import accuracy, auroc, cohens_d
+from pipeline.reduction.scores import accuracy, auroc, cohens_d, pair_accuracy
 from store.activations import ActivationCache
-from store.bfloat16 import to_float32
 from store.location import Location
 
-_SHARDS_PER_TASK: Final = 4
-_MERGED_PER_TASK: Final = 8
-
-ClassMoments = dict[str, tuple[Moments, Moments]]
-"""By stream: Moments [L, W] of the positive and the negative training rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Projections:
-    """What the second pass brings back from some shards.
-
-    Attributes:
-        rows: Int64 [N], rows of the cache.
-        values_NS: Float32 [N, S], projections on the unit directions.
-        norms_NS: Float32 [N, S], norms of the activations at each site.
-    """
-
-    rows: NDArray[np.int64]
-    values_NS: NDArray[np.float32]
-    norms_NS: NDArray[np.float32]
+log = logging.getLogger(__name__)
 
 
 def reduce(
@@ -54,6 +39,7 @@ def reduce(
     root: Location,
     *,
     method: str,
+    parameters: Mapping[str, int | float] | None = None,
     num_workers: int,
     address: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -61,20 +47,37 @@ def reduce(
     """Compute directions and scores of a complete cache, or find those computed before.
 
     Directions and sigma come from the rows of split ``train``; ``validation`` is there to choose
-    with, ``test`` to report.
+    with, ``test`` to report. HSI and ITI take direction and sigma over train and validation
+    together (METHODS 1): ours leave validation out, so that a site's validation score is of rows
+    that its direction has not seen.
+
+    The methods:
+
+    - ``difference_of_means`` keeps its length (CAA, HSI; METHODS 1 and 5).
+    - ``pca``: the first principal component of within-pair differences, pair order shuffled, norm 1
+      (RepE, Jailbreak Antidote; METHODS 3). + is the class whose row is the larger in more of the
+      training pairs. Where the class means say otherwise, a few pairs outweigh the many: that
+      majority stands, the site is among `Reduction.signs_in_doubt`, and `build_artifact` refuses
+      it, so that + is never published as the class that it is not.
+    - ``probe``: the weights of a logistic probe in activation space, norm 1 (ITI; METHODS 5).
+      Accuracies are those of the probe, at logit 0; those of the other methods are at the midpoint
+      of the training classes' means.
 
     Args:
         root: The store that holds the cache and takes the result.
-        method: ``difference_of_means``.
+        method: One of the above.
+        parameters: The method's, see `methods.DEFAULT_PARAMETERS`.
         num_workers: Most Ray tasks at a time on a local Ray.
         address: A Ray cluster, or None for a local Ray.
-        on_progress: Called with steps done and in all.
+        on_progress: Called with tasks done and in all.
 
     Raises:
         NotFound: The cache is not complete.
-        InvalidInput: A class has no training row.
+        InvalidInput: An unknown method or parameter; a class has no training row; for ``pca``, a
+            training row has no partner; for ``probe``, a site does not converge.
     """
-    digest = reduction_digest(cache.digest, method)
+    parameters = complete_parameters(method, parameters)
+    digest = reduction_digest(cache.digest, method, parameters)
     if Reduction.exists(root, digest):
         return Reduction.open(root, digest)
     if not cache.is_complete:
@@ -97,188 +100,105 @@ def reduce(
                 "check the labels and the split shares of the run file",
                 kind="class_empty",
             )
+    pairs = find_pairs(index, train_N)
+    if method == "pca":
+        check_pairs(pairs, index, method=method, where=f"cache {cache.digest[:12]}")
+    num_fits = num_tasks(cache, method)
+    total = num_fits + len(shard_groups(cache.num_shards))
     with ray_session(address, num_workers):
-        groups = [
-            list(range(first, min(first + _SHARDS_PER_TASK, cache.num_shards)))
-            for first in range(0, cache.num_shards, _SHARDS_PER_TASK)
-        ]
-        total = 2 * len(groups)
-        moments = _moments(cache, root, groups, lambda done: on_progress(done, total))
-        directions_LW = {
-            stream: difference_of_means(positive, negative)
-            for stream, (positive, negative) in moments.items()
-        }
-        parts = _projections(
-            cache, root, groups, directions_LW, lambda done: on_progress(len(groups) + done, total)
+
+        def on_fit(done: int) -> None:
+            on_progress(done, total)
+
+        match method:
+            case "pca":
+                signs_P = pair_order(pairs.names, int(parameters["pair_order_seed"]))
+                ordered = OrderedPairs(pairs.positive_P, pairs.negative_P, signs_P)
+                fit = fit_components(cache, root, ordered, on_fit)
+            case "probe":
+                fit = fit_all_probes(
+                    cache, root, train_N, label_N, l2=float(parameters["l2"]), on_done=on_fit
+                )
+            case _:
+                fit = fit_means(cache, root, on_fit)
+        projections = project(
+            cache, root, fit.directions_LW, lambda done: on_progress(num_fits + done, total)
         )
-    values_NS, norms_NS = _assemble(cache, parts)
-    table = _score_table(cache, moments, directions_LW, values_NS, norms_NS, label_N, split_N)
+    in_doubt: list[str] = []
+    if method == "pca":
+        fit, projections, in_doubt = _oriented(cache, fit, projections, pairs)
     return Reduction.write(
         root,
         cache=cache,
         method=method,
-        directions_LW=directions_LW,
-        scores=table,
+        parameters=parameters,
+        directions_LW=fit.directions_LW,
+        scores=_score_table(cache, fit, projections, index, label_N, split_N),
         counts={
             f"{split}_{name}": int(((split_N == split) & (label_N == label)).sum())
             for split in ("train", "validation", "test")
             for name, label in (("positive", True), ("negative", False))
         },
+        signs_in_doubt=in_doubt,
     )
 
 
-def _moments(
+def _oriented(
     cache: ActivationCache,
-    root: Location,
-    groups: Sequence[list[int]],
-    on_done: Callable[[int], None],
-) -> ClassMoments:
-    import ray
+    fit: Fit,
+    projections: Projections,
+    pairs: Pairs,
+) -> tuple[Fit, Projections, list[str]]:
+    """Turn directions and projections so that + is the positive class of most training pairs.
 
-    shard_task = ray.remote(num_cpus=1)(_shard_moments)
-    merge_task = ray.remote(num_cpus=1)(_merge)
-    level = [shard_task.remote(root.url, cache.digest, group) for group in groups]
-    _wait(level, on_done)
-    while len(level) > 1:
-        # Merged in the order of the shards, so that the result is the same in every run.
-        level = [
-            merge_task.remote(*level[first : first + _MERGED_PER_TASK])
-            for first in range(0, len(level), _MERGED_PER_TASK)
-        ]
-    merged: ClassMoments = ray.get(level[0])
-    return merged
+    An eigenvector has no sign of its own. Reading it from the projections saves a pass over the
+    cache.
 
-
-def _projections(
-    cache: ActivationCache,
-    root: Location,
-    groups: Sequence[list[int]],
-    directions_LW: dict[str, NDArray[np.float32]],
-    on_done: Callable[[int], None],
-) -> list[_Projections]:
-    import ray
-
-    task = ray.remote(num_cpus=1)(_shard_projections)
-    shared = ray.put(directions_LW)
-    references = [task.remote(root.url, cache.digest, group, shared) for group in groups]
-    _wait(references, on_done)
-    parts: list[_Projections] = ray.get(references)
-    return parts
-
-
-def _wait(references: Sequence[Any], on_done: Callable[[int], None]) -> None:
-    import ray
-
-    waiting = list(references)
-    while waiting:
-        finished, waiting = ray.wait(waiting)
-        # Raises what the task raised.
-        ray.get(finished)
-        on_done(len(references) - len(waiting))
-
-
-def _shard_moments(store_url: str, digest: str, shards: Sequence[int]) -> ClassMoments:
-    cache = ActivationCache.open(Location.open(store_url), digest)
-    index = cache.index()
-    label_N = index["label"].to_numpy()
-    train_N = index["split"].to_numpy(zero_copy_only=False) == "train"
-    result: ClassMoments = {}
+    Returns:
+        Both, and the sites at which the means of these pairs' rows say the opposite.
+    """
+    values_NS = projections.values_NS
+    positive_PS, negative_PS = values_NS[pairs.positive_P], values_NS[pairs.negative_P]
+    sign_S = sign_by_pairs(positive_PS, negative_PS)
+    gap_S = sign_S * (positive_PS.astype(np.float64) - negative_PS).mean(axis=0)
+    names = [str(site) for site in site_names(cache.streams)]
+    in_doubt = [names[site] for site in np.flatnonzero(gap_S < 0)]
+    if in_doubt:
+        log.warning("pca signs in doubt", extra={"sites": in_doubt, "num_sites": len(names)})
+    oriented: dict[str, NDArray[np.float32]] = {}
+    rest_S = sign_S
     for stream, layout in cache.streams.items():
-        by_layer: list[tuple[Moments, Moments]] = []
-        for layer in layout.layers:
-            positive = negative = Moments.empty((layout.width,))
-            for shard in shards:
-                rows = layout.shard_rows(shard)
-                train_R = train_N[rows.start : rows.stop]
-                label_R = label_N[rows.start : rows.stop]
-                values_RW = to_float32(cache.read_layer(stream, layer, shard))
-                positive = positive.merge(Moments.of(values_RW[train_R & label_R]))
-                negative = negative.merge(Moments.of(values_RW[train_R & ~label_R]))
-            by_layer.append((positive, negative))
-        result[stream] = (
-            _stack([positive for positive, _ in by_layer]),
-            _stack([negative for _, negative in by_layer]),
-        )
-    return result
-
-
-def _stack(layers: Sequence[Moments]) -> Moments:
-    return Moments(
-        layers[0].count,
-        np.stack([item.mean for item in layers]),
-        np.stack([item.m2 for item in layers]),
-    )
-
-
-def _merge(*parts: ClassMoments) -> ClassMoments:
-    merged = dict(parts[0])
-    for part in parts[1:]:
-        for stream, (positive, negative) in part.items():
-            merged[stream] = (
-                merged[stream][0].merge(positive),
-                merged[stream][1].merge(negative),
-            )
-    return merged
-
-
-def _shard_projections(
-    store_url: str,
-    digest: str,
-    shards: Sequence[int],
-    directions_LW: dict[str, NDArray[np.float32]],
-) -> _Projections:
-    cache = ActivationCache.open(Location.open(store_url), digest)
-    rows, values, norms = [], [], []
-    for shard in shards:
-        columns, lengths = [], []
-        for stream, layout in cache.streams.items():
-            rows_of_shard = layout.shard_rows(shard)
-            for position, layer in enumerate(layout.layers):
-                h_RW = to_float32(cache.read_layer(stream, layer, shard))
-                h_RHD = split_heads(h_RW, layout)
-                u_HD = split_heads(directions_LW[stream][position], layout).astype(np.float64)
-                u_HD /= np.maximum(np.linalg.norm(u_HD, axis=-1, keepdims=True), 1e-300)
-                columns.append(np.einsum("rhd,hd->rh", h_RHD, u_HD.astype(np.float32)))
-                lengths.append(np.linalg.norm(h_RHD, axis=-1))
-        rows.append(np.arange(rows_of_shard.start, rows_of_shard.stop))
-        values.append(np.concatenate(columns, axis=1))
-        norms.append(np.concatenate(lengths, axis=1))
-    return _Projections(np.concatenate(rows), np.concatenate(values), np.concatenate(norms))
-
-
-def _assemble(
-    cache: ActivationCache, parts: Sequence[_Projections]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    num_sites = parts[0].values_NS.shape[1]
-    num_rows = next(iter(cache.streams.values())).num_rows
-    values_NS = np.empty((num_rows, num_sites), np.float32)
-    norms_NS = np.empty_like(values_NS)
-    for part in parts:
-        values_NS[part.rows] = part.values_NS
-        norms_NS[part.rows] = part.norms_NS
-    return values_NS, norms_NS
+        heads_LHD = split_heads(fit.directions_LW[stream], layout)
+        num_sites = heads_LHD.shape[0] * heads_LHD.shape[1]
+        sign_LH1 = rest_S[:num_sites].reshape(*heads_LHD.shape[:2], 1)
+        rest_S = rest_S[num_sites:]
+        oriented[stream] = (heads_LHD * sign_LH1).reshape(fit.directions_LW[stream].shape)
+    turned = Projections(projections.rows, values_NS * sign_S, projections.norms_NS)
+    return Fit(oriented, fit.threshold_S), turned, in_doubt
 
 
 def _score_table(
     cache: ActivationCache,
-    moments: ClassMoments,
-    directions_LW: dict[str, NDArray[np.float32]],
-    values_NS: NDArray[np.float32],
-    norms_NS: NDArray[np.float32],
+    fit: Fit,
+    projections: Projections,
+    index: pa.Table,
     label_N: NDArray[np.bool_],
     split_N: NDArray[Any],
 ) -> pa.Table:
     """One row a site: norms and sigma of the training rows, scores of the others."""
+    values_NS, norms_NS = projections.values_NS, projections.norms_NS
     train_N = split_N == "train"
-    midpoint_S = (
-        values_NS[train_N & label_N].mean(axis=0, dtype=np.float64)
-        + values_NS[train_N & ~label_N].mean(axis=0, dtype=np.float64)
-    ) / 2
+    threshold_S = fit.threshold_S
+    if threshold_S is None:
+        threshold_S = (
+            values_NS[train_N & label_N].mean(axis=0, dtype=np.float64)
+            + values_NS[train_N & ~label_N].mean(axis=0, dtype=np.float64)
+        ) / 2
     columns: dict[str, Any] = {
         "site": [str(site) for site in site_names(cache.streams)],
         "norm": np.concatenate(
             [
-                np.linalg.norm(split_heads(directions_LW[stream], layout), axis=-1).reshape(-1)
+                np.linalg.norm(split_heads(fit.directions_LW[stream], layout), axis=-1).reshape(-1)
                 for stream, layout in cache.streams.items()
             ]
         ).astype(np.float64),
@@ -287,7 +207,12 @@ def _score_table(
     }
     for split in ("validation", "test"):
         chosen_N = split_N == split
-        columns[f"auroc_{split}"] = auroc(values_NS[chosen_N], label_N[chosen_N])
-        columns[f"accuracy_{split}"] = accuracy(values_NS[chosen_N], label_N[chosen_N], midpoint_S)
-        columns[f"cohens_d_{split}"] = cohens_d(values_NS[chosen_N], label_N[chosen_N])
+        held_NS, held_label_N = values_NS[chosen_N], label_N[chosen_N]
+        pairs = find_pairs(index, chosen_N)
+        columns[f"auroc_{split}"] = auroc(held_NS, held_label_N)
+        columns[f"accuracy_{split}"] = accuracy(held_NS, held_label_N, threshold_S)
+        columns[f"cohens_d_{split}"] = cohens_d(held_NS, held_label_N)
+        columns[f"pair_accuracy_{split}"] = pair_accuracy(
+            values_NS[pairs.positive_P], values_NS[pairs.negative_P]
+        )
     return pa.table(columns)

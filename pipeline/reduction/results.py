@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from pipeline.errors import InvalidInput, NotFound
+from pipeline.reduction.methods import complete_parameters
 from steering_service.core.direction import Direction
 from steering_service.core.site import Site
 from store.activations import ActivationCache
@@ -28,12 +29,32 @@ from store.location import Location
 
 REDUCTION_SCHEMA: Final = 1
 
+RankBy = Literal["auroc", "accuracy", "pair_accuracy"]
 
-def reduction_digest(capture: str, method: str) -> str:
-    """The name of a reduction: what it is computed from, and how."""
+
+def reduction_digest(
+    capture: str, method: str, parameters: Mapping[str, int | float] | None = None
+) -> str:
+    """The name of a reduction: what it is computed from, and how.
+
+    Args:
+        capture: Digest of the cache.
+        method: See `methods.Method`.
+        parameters: The method's; those that are not given have their defaults. They are part of the
+            name, defaults as well, so that a default may change.
+
+    Raises:
+        InvalidInput: Unknown method or parameter.
+    """
+    request = {"schema_version": REDUCTION_SCHEMA, "capture": capture, "method": method}
     return sha256_hex(
-        canonical_json({"schema_version": REDUCTION_SCHEMA, "capture": capture, "method": method})
+        canonical_json(request | _parameter_field(complete_parameters(method, parameters)))
     )
+
+
+def _parameter_field(parameters: Mapping[str, int | float]) -> dict[str, Any]:
+    # Left out where a method has none: reductions from before there were any keep their names.
+    return {"parameters": dict(parameters)} if parameters else {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,9 +67,12 @@ class Reduction:
         method: How the directions were computed.
         counts: Rows by split and class.
         directions_LW: Float32 [L, W] by stream.
-        scores: One row a site: norm, sigma, activation_norm, and auroc, accuracy and cohens_d
-            on the splits validation and test.
+        scores: One row a site: norm, sigma, activation_norm, and auroc, accuracy, cohens_d and
+            pair_accuracy on the splits validation and test.
         location: Where it is stored.
+        parameters: The method's.
+        signs_in_doubt: Sites where most training pairs and the class means disagree about which
+            side is the positive class (``pca`` only).
     """
 
     digest: str
@@ -60,6 +84,8 @@ class Reduction:
     scores: pa.Table
     num_heads: int | None
     location: Location
+    parameters: Mapping[str, int | float] = field(default_factory=dict)
+    signs_in_doubt: tuple[str, ...] = ()
 
     @classmethod
     def exists(cls, root: Location, digest: str) -> bool:
@@ -73,12 +99,14 @@ class Reduction:
         *,
         cache: ActivationCache,
         method: str,
+        parameters: Mapping[str, int | float],
         directions_LW: Mapping[str, NDArray[np.float32]],
         scores: pa.Table,
         counts: Mapping[str, int],
+        signs_in_doubt: Sequence[str] = (),
     ) -> Reduction:
         """Store a result. What a killed run has left of the same result is replaced."""
-        digest = reduction_digest(cache.digest, method)
+        digest = reduction_digest(cache.digest, method, parameters)
         location = root.child(f"reductions/{digest}")
         sink = io.BytesIO()
         pq.write_table(scores, sink, compression="zstd")
@@ -94,7 +122,9 @@ class Reduction:
             "method": method,
             "counts": dict(counts),
             "num_heads": heads[0] if heads else None,
-        }
+        } | _parameter_field(parameters)
+        if signs_in_doubt:
+            record["signs_in_doubt"] = list(signs_in_doubt)
         location.put_same("reduction.json", canonical_json(record))
         return cls.open(root, digest)
 
@@ -123,6 +153,8 @@ class Reduction:
             scores=pq.read_table(io.BytesIO(location.get("scores.parquet"))),
             num_heads=record["num_heads"],
             location=location,
+            parameters=record.get("parameters", {}),
+            signs_in_doubt=tuple(record.get("signs_in_doubt", ())),
         )
 
     def direction(self, site: Site) -> Direction:
@@ -158,14 +190,20 @@ class Reduction:
             lineage={"capture": self.capture_digest, "reduction": self.digest},
         )
 
-    def ranked(self, *, heads: bool) -> list[dict[str, Any]]:
-        """Rows of `scores` for layers or for heads, best first by AUROC on the validation split.
+    def ranked(self, *, heads: bool, by: RankBy = "auroc") -> list[dict[str, Any]]:
+        """Rows of `scores` for layers or for heads, best first by a score on the validation split.
 
         Validation chooses and test reports, so that the reported number is not the luckiest. Among
-        sites that separate the classes equally well, the wider apart in Cohen's d comes first.
+        sites with equal scores, the wider apart in Cohen's d comes first.
+
+        Args:
+            heads: Heads, or layers.
+            by: ``auroc``; ``accuracy``, by which ITI ranks probes of heads (METHODS 5); or
+                ``pair_accuracy``, by which Jailbreak Antidote ranks layers (METHODS 3).
 
         Raises:
-            InvalidInput: No such site was captured.
+            InvalidInput: No such site was captured, or the scores were stored before there was a
+                ``pair_accuracy``.
         """
         rows = [
             row
@@ -178,27 +216,35 @@ class Reduction:
                 f"add the stream {'z' if heads else 'resid_post'!r} under [capture]",
                 kind="site_kind",
             )
+        column = f"{by}_validation"
+        if column not in rows[0]:
+            raise InvalidInput(
+                f"reduction {self.digest[:12]} has no column {column}, it has {list(rows[0])}; "
+                f"remove {self.location.url} and run `steerage reduce` again",
+                kind="score_missing",
+            )
         return sorted(
             rows,
             key=lambda row: (
-                -np.nan_to_num(row["auroc_validation"]),
+                -np.nan_to_num(row[column]),
                 -np.nan_to_num(row["cohens_d_validation"]),
                 Site.parse(row["site"]),
             ),
         )
 
-    def best(self, *, heads: bool) -> Site:
+    def best(self, *, heads: bool, by: RankBy = "auroc") -> Site:
         """The first of `ranked`.
 
         Raises:
-            InvalidInput: No such site was captured, or there is nothing to choose on: the
-                validation split lacks rows of a class.
+            InvalidInput: As `ranked`, or there is nothing to choose on: the validation split lacks
+                rows of a class, or pairs.
         """
-        row = self.ranked(heads=heads)[0]
-        if np.isnan(row["auroc_validation"]):
+        row = self.ranked(heads=heads, by=by)[0]
+        if np.isnan(row[f"{by}_validation"]):
             raise InvalidInput(
-                f"reduction {self.digest[:12]} has no site to prefer: its validation split lacks "
-                "rows of a class. Raise prompts.validation_share, or name publish.sites",
+                f"reduction {self.digest[:12]} has no site to prefer by {by}: its validation split "
+                f"lacks {'pairs' if by == 'pair_accuracy' else 'rows of a class'}. Raise "
+                "prompts.validation_share, or name publish.sites",
                 kind="validation_empty",
             )
         return Site.parse(row["site"])

@@ -1,6 +1,6 @@
 """Scores of how well projections on a direction tell the classes apart.
 
-Shapes: N rows, S sites.
+Shapes: N rows, P pairs, S sites.
 """
 
 from __future__ import annotations
@@ -59,3 +59,22 @@ def cohens_d(scores_NS: NDArray[Any], label_N: NDArray[np.bool_]) -> NDArray[np.
     difference = positive.mean(axis=0, dtype=np.float64) - negative.mean(axis=0, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.where(pooled > 0, difference / np.sqrt(pooled), np.nan))
+
+
+def pair_accuracy(positive_PS: NDArray[Any], negative_PS: NDArray[Any]) -> NDArray[np.float64]:
+    """Share of pairs whose positive row is above its negative one, ties counted as half.
+
+    Jailbreak Antidote chooses layers by it (METHODS 3, "significance").
+
+    Args:
+        positive_PS: [P, S] projections of the positive rows.
+        negative_PS: [P, S] those of their partners.
+
+    Returns:
+        Float64 [S]; NaN without pairs.
+    """
+    if len(positive_PS) == 0:
+        return np.full(positive_PS.shape[1], np.nan)
+    return np.asarray(
+        ((positive_PS > negative_PS) + 0.5 * (positive_PS == negative_PS)).mean(axis=0)
+    )

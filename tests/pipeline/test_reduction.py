@@ -271,7 +271,8 @@ def test_reducing_again_finds_the_result_and_computing_again_gives_the_same(
     assert steps == list(range(1, len(steps) + 1))
     for result in (again, fresh):
         assert result.digest == first.digest
-        assert result.scores.equals(first.scores)
+        # By their text, in which NaN equals NaN and every bit of a float shows.
+        assert str(result.scores.to_pylist()) == str(first.scores.to_pylist())
         for stream, vectors in first.directions_LW.items():
             assert np.array_equal(result.directions_LW[stream], vectors)
 
@@ -318,4 +319,4 @@ def test_what_a_killed_run_left_of_a_result_is_replaced(reduced: Any) -> None:
     reduction.location.delete("reduction.json")
     reduction.location.replace("scores.parquet", b"written by another version")
     again = reduce(cache, root, method="difference_of_means", num_workers=2)
-    assert again.scores.equals(reduction.scores)
+    assert str(again.scores.to_pylist()) == str(reduction.scores.to_pylist())
