@@ -13,6 +13,8 @@ from steering_service.core.direction import Direction
 def random_twin(artifact: Artifact, seed: int) -> Artifact:
     """The same artifact with random directions of the same norms at the same sites.
 
+    A controller stays: the twin is steered at the same requests, only another way.
+
     Args:
         seed: Of the random vectors; they are uniform on the sphere.
     """
@@ -34,6 +36,7 @@ def random_twin(artifact: Artifact, seed: int) -> Artifact:
         name=f"{artifact.manifest.name}-random-{seed}",
         model=artifact.manifest.model,
         policy=artifact.manifest.policy,
+        controller=artifact.controller,
         parents=[artifact.digest],
         lineage={"control": "random direction of the same norm", "seed": seed},
     )

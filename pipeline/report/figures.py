@@ -88,7 +88,7 @@ def heat_map(auroc_LH: NDArray[Any], layers: Sequence[int], title: str) -> Drawi
         f"{title}. Best: layer {layers[int(best[0])]} head {int(best[1])}, {auroc_LH[best]:.3f}; "
         f"median {np.nanmedian(auroc_LH):.3f}."
     )
-    return _both(draw, (7.2, 1.4 + 0.36 * num_layers), alt)
+    return both(draw, (7.2, 1.4 + 0.36 * num_layers), alt)
 
 
 def layer_bars(auroc_L: NDArray[Any], layers: Sequence[int], title: str) -> Drawing:
@@ -104,14 +104,19 @@ def layer_bars(auroc_L: NDArray[Any], layers: Sequence[int], title: str) -> Draw
         axes.axhline(0.5, color=GREY, linewidth=1)
         axes.set_xlabel("layer (its output, resid_post)")
         axes.set_ylabel("AUROC, held out")
-        _bare(axes)
+        bare(axes)
         axes.set_title(title, loc="left")
 
     values = ", ".join(f"{n}: {v:.2f}" for n, v in zip(layers, auroc_L, strict=True))
-    return _both(draw, (7.2, 2.6), f"{title}. By layer {values}.")
+    return both(draw, (7.2, 2.6), f"{title}. By layer {values}.")
 
 
-def strength_curve(lines: Sequence[Line], chosen: Sequence[float], title: str) -> Drawing:
+def strength_curve(
+    lines: Sequence[Line],
+    chosen: Sequence[float],
+    title: str,
+    unit: str = "1 = the whole difference of means",
+) -> Drawing:
     """Shares by strength with 95 % intervals; upright lines mark the chosen strengths."""
 
     def draw(figure: Figure) -> None:
@@ -127,9 +132,9 @@ def strength_curve(lines: Sequence[Line], chosen: Sequence[float], title: str) -
             axes.plot(line.x, line.y, "o-", color=colour, ms=4, linewidth=2.2, label=line.label)
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0)
         axes.set_ylim(-3, 103)
-        axes.set_xlabel("strength (1 = the whole difference of means)")
+        axes.set_xlabel(f"strength ({unit})")
         axes.set_ylabel("share of answers, %")
-        _bare(axes)
+        bare(axes)
         axes.set_title(title, loc="left")
         axes.legend(
             frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2
@@ -144,16 +149,24 @@ def strength_curve(lines: Sequence[Line], chosen: Sequence[float], title: str) -
             for line in lines
         )
     )
-    return _both(draw, (7.2, 4.2), alt)
+    return both(draw, (7.2, 4.2), alt)
 
 
-def _bare(axes: Any) -> None:
+def bare(axes: Any) -> None:
+    """Leave the left and the bottom line alone, with a faint grid across."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", alpha=0.2)
 
 
-def _both(draw: Callable[[Figure], None], size: tuple[float, float], alt: str) -> Drawing:
+def both(draw: Callable[[Figure], None], size: tuple[float, float], alt: str) -> Drawing:
+    """Draw a figure in both inks.
+
+    Args:
+        draw: Draws it; called twice.
+        size: Width and height in inches.
+        alt: See `Drawing`.
+    """
     drawn = {}
     for theme, ink in _INK.items():
         settings: Any = {

@@ -68,6 +68,17 @@ def write_report(
         path: The HTML file, which is replaced.
         provenance: What it was made from and with, shown as a table.
     """
+    page = render_page(
+        "report.html.j2",
+        title=title,
+        behaviours=[_section(behaviour) for behaviour in behaviours],
+        provenance=provenance,
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page of `pipeline.report.templates`, which all extend ``base.html.j2``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.report"),
         autoescape=True,
@@ -76,12 +87,7 @@ def write_report(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["data_uri"] = _data_uri
-    page = environment.get_template("report.html.j2").render(
-        title=title,
-        behaviours=[_section(behaviour) for behaviour in behaviours],
-        provenance=provenance,
-    )
-    path.write_text(page, encoding="utf-8")
+    return environment.get_template(template).render(**values)
 
 
 def _section(behaviour: Behaviour) -> dict[str, Any]:

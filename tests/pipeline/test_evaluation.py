@@ -20,6 +20,7 @@ from pipeline.reduction.results import Reduction
 from pipeline.report.page import Answers, Behaviour, write_report
 from steering_service.adapters.transformers import steered
 from steering_service.core.artifact import ModelReference, Policy, build
+from steering_service.core.controller import Controller
 from steering_service.core.direction import Direction
 from steering_service.core.intervention import Intervention
 from steering_service.core.site import Site
@@ -29,7 +30,7 @@ def example(prompt, label=True, completion=None):
     return Example("f:1", "p", label, "test", prompt, completion, None)
 
 
-def artifact_for(path, *, positions="generated", width=64):
+def artifact_for(path, *, positions="generated", width=64, controller=None):
     vector = np.random.default_rng(99).standard_normal(width).astype(np.float32) * 4
     direction = Direction(Site.parse("resid_post.1"), vector, 0.5, 3.0, "difference_of_means")
     return build(
@@ -37,6 +38,7 @@ def artifact_for(path, *, positions="generated", width=64):
         name="test",
         model=ModelReference(name=path.name, fingerprint="0" * 64),
         policy=Policy(min_strength=-2.0, max_strength=2.0),
+        controller=controller,
     )
 
 
@@ -124,7 +126,7 @@ def test_a_sweep_asks_every_suite_at_every_strength_and_zero_is_the_plain_model(
 
 
 def test_wilsons_interval_of_a_share():
-    low, high = Point("s", 1.0, 50, 100, ()).interval
+    low, high = Point("s", 1.0, (1.0,) * 50 + (0.0,) * 50, ()).interval
     # Wilson 1927: (p + z2/2n ± z sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n) with z = 1.96.
     assert (low, high) == pytest.approx((40.383, 59.617), abs=1e-3)
 
@@ -140,6 +142,14 @@ def test_a_random_twin_has_the_same_sites_norms_and_policy_but_another_direction
     assert twin.manifest.parents == [artifact.digest]
     for left, right in ((a, b), (b, c)):
         assert abs(left.direction.unit_D @ right.direction.unit_D) < 0.5
+
+
+def test_a_random_twin_keeps_the_controller(tmp_path):
+    arrays = [np.ones(shape, np.float32) for shape in ((64, 6), (6,), (6, 2), (2,))]
+    controller = Controller((Site.parse("resid_post.0"),), *arrays)
+    twin = random_twin(artifact_for(tmp_path, controller=controller), 0)
+    assert twin.controller.reads == controller.reads
+    assert twin.manifest.kind == "controller"
 
 
 class _Links(HTMLParser):
@@ -183,7 +193,10 @@ def test_a_report_holds_all_it_shows_and_escapes_what_models_say(tmp_path, root)
         num_heads=4,
         location=root,
     )
-    points = [Point("refuses <all>", s, 10 + int(s), 20, ("no",) * 20) for s in (-1.0, 0.0, 1.0)]
+    points = [
+        Point("refuses <all>", s, (1.0,) * (10 + int(s)) + (0.0,) * (10 - int(s)), ("no",) * 20)
+        for s in (-1.0, 0.0, 1.0)
+    ]
     behaviour = Behaviour(
         title="Refusal",
         lead="It works.",
