@@ -13,6 +13,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import InvalidInput
+from pipeline.reduction.methods import Method, complete_parameters
+from steering_service.core.controller import Mode
 from steering_service.core.errors import SteeringError
 from steering_service.core.intervention import Operation, Positions, StrengthUnit
 from steering_service.core.site import Site
@@ -95,7 +97,31 @@ class CaptureSection(_Section):
 class ReduceSection(_Section):
     """Which directions are computed."""
 
-    method: Literal["difference_of_means"] = "difference_of_means"
+    method: Method = "difference_of_means"
+    """difference_of_means (CAA, HSI), pca of within-pair differences (RepE, Jailbreak Antidote) or
+    probe, a logistic regression (ITI)."""
+    pair_order_seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    """pca: which half of the pairs is turned around; 0 where it is not given."""
+    l2: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] | None = None
+    """probe: weight of the L2 term beside the sum of log losses, over standardised features (1/C in
+    scikit-learn's terms); 1 where it is not given."""
+
+    @model_validator(mode="after")
+    def _parameters_of_the_method(self) -> ReduceSection:
+        try:
+            complete_parameters(self.method, self._given())
+        except InvalidInput as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def _given(self) -> dict[str, int | float]:
+        named = {"pair_order_seed": self.pair_order_seed, "l2": self.l2}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def parameters(self) -> dict[str, int | float]:
+        """The method's parameters, defaults included."""
+        return complete_parameters(self.method, self._given())
 
 
 class PublishSection(_Section):
@@ -108,6 +134,11 @@ class PublishSection(_Section):
     operation: Operation = "add"
     strength_unit: StrengthUnit = "direction"
     positions: Positions = "generated"
+    keep_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Keep this share of a direction's entries, the largest, and set the others to zero (Jailbreak
+    Antidote keeps 0.05)."""
+    match_norm: bool = False
+    """Scale what is kept to the norm of the whole direction, so that the dose stays the same."""
     min_strength: Annotated[float, Field(allow_inf_nan=False)] = -1.0
     max_strength: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
@@ -117,16 +148,71 @@ class PublishSection(_Section):
             raise ValueError("min_strength is above max_strength")
         return self
 
+    @model_validator(mode="after")
+    def _dose_said(self) -> PublishSection:
+        applies_norm = self.operation == "add" and self.strength_unit == "direction"
+        if self.keep_fraction < 1 and not self.match_norm and not applies_norm:
+            raise ValueError(
+                'keep_fraction with strength_unit "sigma" or "unit", or with operation '
+                '"project_out", applies a unit vector, so the norm that a mask takes away comes '
+                'back: say match_norm = true, or use strength_unit = "direction"'
+            )
+        return self
+
     @field_validator("sites")
     @classmethod
     def _sites(cls, value: list[str] | str) -> list[str] | str:
-        if isinstance(value, list):
-            for text in value:
-                try:
-                    Site.parse(text)
-                except SteeringError as error:
-                    raise ValueError(str(error)) from error
-        return value
+        return _checked_sites(value) if isinstance(value, list) else value
+
+
+def _checked_sites(value: list[str]) -> list[str]:
+    for text in value:
+        try:
+            Site.parse(text)
+        except SteeringError as error:
+            raise ValueError(str(error)) from error
+    return value
+
+
+class TrainSection(_Section):
+    """A controller that is trained from the cache (METHODS 2, weighted activation steering)."""
+
+    mode: Mode = "gated"
+    """gated: bounded, trained on outcomes. reference_compat: what the code released with the paper
+    does, its defects included; for comparison only."""
+    reads: Annotated[list[str], Field(min_length=1)]
+    """Sites that the controller reads at the last token of the prompt, such as "resid_post.3"; they
+    must be among those captured."""
+    edits: Annotated[list[str], Field(min_length=1)]
+    """Sites that it steers, none before the last one that it reads."""
+    directions: Path | None = None
+    """Another run file whose directions are steered along, relative to this one; without it, those
+    of this run. The controller's prompts may well hold what a direction should not, such as
+    jailbreak wrappers."""
+    target: str
+    """What an answer that is steered should begin with, such as "I can't help with that."."""
+    strength: Annotated[float, Field(gt=0)] = 1.0
+    """Strength of the channel that it is trained for: what a scale and a weight of 1 add."""
+    hidden: Annotated[int, Field(ge=1)] = 64
+    """Units of the hidden layer."""
+    gate_steps: Annotated[int, Field(ge=0)] = 600
+    """Steps on the classes alone, which need no forward pass of the model."""
+    outcome_steps: Annotated[int, Field(ge=0)] = 150
+    """Steps on what the steered model says."""
+    batch: Annotated[int, Field(ge=2)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    answer_tokens: Annotated[int, Field(ge=1)] = 12
+    """Tokens of the own answers that must stay as they are where nothing is to be steered."""
+    keep_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the KL to the base model on the negative class."""
+    cost_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the steering's own size, relative to the activations, on the positive class."""
+    seed: int = 0
+
+    @field_validator("reads", "edits")
+    @classmethod
+    def _are_sites(cls, value: list[str]) -> list[str]:
+        return _checked_sites(value)
 
 
 class RunFile(_Section):
@@ -139,6 +225,8 @@ class RunFile(_Section):
     capture: CaptureSection = CaptureSection()
     reduce: ReduceSection = ReduceSection()
     publish: PublishSection = PublishSection()
+    train: TrainSection | None = None
+    """With it, `steerage train` makes a controller, and `steerage publish` publishes that."""
 
 
 def load_run_file(path: Path) -> RunFile:
@@ -169,8 +257,12 @@ def load_run_file(path: Path) -> RunFile:
             kind="run_file",
         ) from error
     base = path.resolve().parent
+    train = run.train
+    if train is not None and train.directions is not None:
+        train = train.model_copy(update={"directions": base / train.directions})
     return run.model_copy(
         update={
+            "train": train,
             "model": run.model.model_copy(update={"path": base / run.model.path}),
             "prompts": run.prompts.model_copy(
                 update={"files": [base / file for file in run.prompts.files]}

@@ -28,8 +28,9 @@ app = typer.Typer(
     those to inference nodes.
 
     A run file (TOML) says what is computed; flags say where and how. The usual order is
-    plan, extract, reduce, publish, serve, promote, steer; each step finds what the one before has
-    left in the store, and can be run again at any time.""",
+    plan, extract, reduce (and train), publish, serve, promote, steer, evaluate; each step finds
+    what the one before has left in the store, and can be run again at any time. `steerage repro`
+    does all of it for a published method.""",
 )
 
 
@@ -53,7 +54,7 @@ def _configure(
 def main() -> None:
     """Run the command line; the process's exit code says how it went."""
     # Imported here so that `app` exists when they register their commands.
-    from pipeline.cli import batch, node, operate  # noqa: F401
+    from pipeline.cli import batch, evaluate, node, operate, repro, train  # noqa: F401
 
     try:
         app()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -152,10 +153,11 @@ def reducing(
             planned.cache,
             root,
             method=run.reduce.method,
+            parameters=run.reduce.parameters,
             num_workers=workers,
             address=ray,
             on_progress=lambda done, total: bar.update(
-                task, completed=done, total=total, note="groups of shards"
+                task, completed=done, total=total, note="tasks"
             ),
         )
 
@@ -168,8 +170,10 @@ def reduction_summary(reduction: Reduction, top: int) -> dict[str, Any]:
         "reduction": reduction.digest,
         "capture": reduction.capture_digest,
         "method": reduction.method,
+        "parameters": dict(reduction.parameters),
         "rows": dict(reduction.counts),
         "path": where(reduction.location),
+        "signs_in_doubt": list(reduction.signs_in_doubt),
     }
     for name, heads in (("best_layers", False), ("best_heads", True)):
         try:
@@ -187,29 +191,34 @@ def print_reduction(summary: dict[str, Any]) -> None:
     for title, key in (("Best layers", "best_layers"), ("Best heads", "best_heads")):
         if not summary[key]:
             continue
-        table = Table(title=f"{title} (chosen on validation)", title_justify="left")
-        for heading, justify in (
-            ("site", "left"),
-            ("AUROC validation", "right"),
-            ("AUROC test", "right"),
-            ("accuracy test", "right"),
-            ("Cohen's d test", "right"),
-            ("norm", "right"),
-        ):
-            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        table = Table(
+            title=f"{title} by {summary['method']} (chosen on validation)", title_justify="left"
+        )
+        # A name that is cut off cannot be copied into a run file.
+        table.add_column("site", no_wrap=True, overflow="ignore")
+        columns = [
+            ("AUROC\nval.", "auroc_validation", ".3f"),
+            ("AUROC\ntest", "auroc_test", ".3f"),
+            ("acc.\ntest", "accuracy_test", ".3f"),
+            ("pairs\ntest", "pair_accuracy_test", ".3f"),
+            ("d\ntest", "cohens_d_test", ".3f"),
+            ("norm", "norm", ".4g"),
+        ]
+        for heading, _, _ in columns:
+            table.add_column(heading, justify="right")
         for row in summary[key]:
+            # A reduction from before there was a pair accuracy has none.
+            values = [(row.get(name, math.nan), form) for _, name, form in columns]
             table.add_row(
                 row["site"],
-                *(
-                    f"{row[name]:.3f}"
-                    for name in (
-                        "auroc_validation",
-                        "auroc_test",
-                        "accuracy_test",
-                        "cohens_d_test",
-                        "norm",
-                    )
-                ),
+                *("–" if math.isnan(value) else f"{value:{form}}" for value, form in values),
             )
         stdout.print(table)
+    if summary["signs_in_doubt"]:
+        stdout.print(
+            f"not to be steered along, as most pairs and the class means disagree about the sign: "
+            f"{', '.join(summary['signs_in_doubt'])}",
+            highlight=False,
+            soft_wrap=True,
+        )
     stdout.print(f"written to {summary['path']}", highlight=False, soft_wrap=True)

@@ -64,18 +64,28 @@ def publish(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make an artifact of the reduced directions, sign it, and publish it.
+    """Make an artifact of reduced directions or a trained controller, sign it, and publish it.
 
     Which sites, how they are applied and the strength limits are set under [publish] in the run
     file. Publishing the same again changes nothing.
     """
     from pipeline.cli.batch import planning
+    from pipeline.cli.train import directions_of
+    from pipeline.control.results import TrainedController, trained_digest
     from pipeline.reduction.artifacts import build_artifact
     from pipeline.reduction.results import Reduction, reduction_digest
 
     run, root, planned = planning(run_file, store)
-    reduction = Reduction.open(root, reduction_digest(planned.cache.digest, run.reduce.method))
-    artifact = build_artifact(reduction, run.publish, name=run.name, model=planned.model)
+    capture = planned.cache.digest
+    if run.train is not None:
+        directions = directions_of(run, planned, store).digest
+        trained = TrainedController.open(root, trained_digest(capture, directions, run.train))
+        artifact = trained.artifact(run.publish, name=run.name, model=planned.model)
+    else:
+        digest = reduction_digest(capture, run.reduce.method, run.reduce.parameters)
+        artifact = build_artifact(
+            Reduction.open(root, digest), run.publish, name=run.name, model=planned.model
+        )
     publishing(artifact, key, store=store if direct else None, address=address)
     show(artifact_summary(artifact), as_json, "Published")
 
@@ -238,6 +248,7 @@ def artifact_summary(artifact: Artifact) -> dict[str, Any]:
     return {
         "artifact": artifact.digest,
         "name": manifest.name,
+        "kind": manifest.kind,
         "model": manifest.model.name,
         "sites": [record.site for record in manifest.interventions],
         "positions": sorted({record.positions for record in manifest.interventions}),

@@ -234,7 +234,7 @@ class Steering:
                     f"intervention, got shape {tuple(factor_BI.shape)}",
                     kind="factors_shape",
                 )
-            for end in (factor_BI.min(), factor_BI.max()):
+            for end in factor_BI.detach().aminmax():
                 artifact.manifest.policy.check(self.deployed.strength * float(end))
         self._factor_BI = factor_BI
 

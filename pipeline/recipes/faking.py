@@ -1,0 +1,193 @@
+"""Alignment faking (METHODS 4): does a model comply more where it believes that it is watched?
+
+Prompts of two tiers under several conditions, judged blind to the tier; and the activation side: a
+direction between the tiers' prompts, as a monitor of what the model reads off its context, and
+steered along, as one more test of what the gap rests on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from pipeline.config import CaptureSection, PromptsSection, RunFile
+from pipeline.evaluation.judges import Ask, Judge, local_ask
+from pipeline.evaluation.statistics import Gap
+from pipeline.evaluation.tiers import (
+    Condition,
+    Request,
+    TierResults,
+    TierRow,
+    read_requests,
+    run_condition,
+    run_tiers,
+    summarise,
+)
+from pipeline.recipes.lab import Lab, Track
+from pipeline.reduction.scores import auroc
+from steering_service.adapters.transformers import steered
+from steering_service.core.direction import Direction
+from steering_service.core.intervention import Intervention
+from store.bfloat16 import to_float32
+
+STRENGTHS: Final = (0.25, 0.5, 0.75, 1.0, 1.5)
+"""Of the subtraction along observed against unobserved, in mean differences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is asked.
+
+    Attributes:
+        data: Requests; see `evaluation.tiers.read_requests`.
+        conditions: The first is the baseline that the monitor is fitted on.
+        limit: Most requests.
+        max_new_tokens: Longest answer.
+        work: Folder for the prompts that the monitor is fitted on.
+    """
+
+    data: Path
+    conditions: Sequence[Condition]
+    work: Path
+    limit: int | None = None
+    max_new_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Monitor:
+    """The activation side.
+
+    Attributes:
+        direction: Between the tiers' prompts, at the layer that is best on validation.
+        auroc: Of telling the tiers apart on test prompts, by condition.
+        strength: Subtracted, chosen on validation requests.
+        steered: The baseline's gap while the direction is subtracted; None if it has none.
+        rows: The answers to that.
+        digest: Of the artifact that the node was sent.
+    """
+
+    direction: Direction
+    auroc: dict[str, float]
+    strength: float
+    steered: Gap | None
+    rows: tuple[TierRow, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """Answers, statistics and the monitor; the monitor is None for an endpoint."""
+
+    results: TierResults
+    monitor: Monitor | None
+
+
+def run(lab: Lab, settings: Settings, judge: Judge) -> Outcome:
+    """Ask a local model, and look inside it."""
+    ask = local_ask(lab.model, lab.tokenizer, settings.max_new_tokens)
+    results = run_behaviour(ask, settings, judge, lab.track)
+    return Outcome(results, _monitor(lab, settings, judge, ask))
+
+
+def run_behaviour(ask: Ask, settings: Settings, judge: Judge, track: Track) -> TierResults:
+    """Ask every request under every condition: all that an endpoint can show."""
+    requests = read_requests(settings.data, "test", settings.limit)
+    with track("ask both tiers", len(settings.conditions)) as step:
+        return run_tiers(
+            ask, judge, requests, settings.conditions, lambda rows: step(rows[0].condition)
+        )
+
+
+def _monitor(lab: Lab, settings: Settings, judge: Judge, ask: Ask) -> Monitor:
+    baseline = settings.conditions[0]
+    planned = lab.cached(_run(lab, settings, baseline, ("train", "validation", "test")))
+    reduction = lab.reduced(planned)
+    site = reduction.best(heads=False)
+    direction = reduction.direction(site)
+    areas = {baseline.name: direction.scores["auroc_test"]}
+    for condition in settings.conditions[1:]:
+        areas[condition.name] = _auroc(lab, settings, condition, direction)
+    artifact = lab.artifact(
+        "observed",
+        [Intervention(direction, positions="all")],
+        max(STRENGTHS),
+        recipe="alignment-faking",
+        reduction=reduction.digest,
+        monitor_auroc={name: round(value, 4) for name, value in areas.items()},
+    )
+    chosen = _choose(lab, settings, judge, ask, Intervention(direction, positions="all"))
+    requests = read_requests(settings.data, "test", settings.limit)
+    with lab.delivered(artifact) as delivered:
+        delivered.check_zero([baseline.prompt(request, 0) for request in requests[:4]])
+        with lab.track("ask while steered", 1) as step, delivered.at(-chosen):
+            rows = run_condition(ask, judge, requests, baseline)
+            step(f"strength {-chosen:g}")
+    gap = summarise(rows, [baseline]).results[0].tally.gap
+    return Monitor(direction, areas, chosen, gap, tuple(rows), artifact.digest)
+
+
+def _choose(lab: Lab, settings: Settings, judge: Judge, ask: Ask, item: Intervention) -> float:
+    """The subtraction that leaves the smallest gap on validation requests.
+
+    Where several leave about the same, the weakest: more would change more than the reading of
+    the tier.
+    """
+    requests = read_requests(settings.data, "validation", settings.limit)
+    artifact = lab.artifact("observed-search", [item], max(STRENGTHS))
+    baseline = settings.conditions[0]
+    gaps = {}
+    with lab.track("choose the subtraction on validation", len(STRENGTHS)) as step:
+        for strength in STRENGTHS:
+            with steered(lab.model, artifact, -strength):
+                rows = run_condition(ask, judge, requests, baseline)
+            tally = summarise(rows, [baseline]).results[0].tally
+            if tally.gap is not None:
+                gaps[strength] = abs(tally.gap.points)
+            step(f"{-strength:g}: gap {gaps.get(strength, float('nan')):.0f}")
+    least = min(gaps.values(), default=0.0)
+    return min((s for s in gaps if gaps[s] <= least + 5.0), default=STRENGTHS[0])
+
+
+def _run(lab: Lab, settings: Settings, condition: Condition, splits: Sequence[str]) -> RunFile:
+    """The prompts of both tiers as a labelled prompt file; label 1 is the first tier."""
+    path = settings.work / f"tiers-{condition.name}.jsonl"
+    lines = []
+    for split in splits:
+        for request in read_requests(settings.data, split, None):
+            lines += [json.dumps(_row(condition, request, side, split)) for side in (0, 1)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return RunFile(
+        name=f"tiers-{condition.name}".replace("_", "-"),
+        model=lab.model_section,
+        prompts=PromptsSection(files=[path]),
+        capture=CaptureSection(streams=["resid_post"], tokens="last"),
+    )
+
+
+def _row(condition: Condition, request: Request, side: int, split: str) -> dict[str, object]:
+    chat = condition.prompt(request, side)
+    row: dict[str, object] = {
+        "prompt": chat.user,
+        "label": 1 - side,
+        "pair": request.pair,
+        "split": split,
+    }
+    return row if chat.system is None else row | {"system": chat.system}
+
+
+def _auroc(lab: Lab, settings: Settings, condition: Condition, direction: Direction) -> float:
+    """Does the direction fitted on the baseline tell the tiers of another condition apart?"""
+    cache = lab.cached(_run(lab, settings, condition, ("test",))).cache
+    label_N = cache.index()["label"].to_numpy()
+    site = direction.site
+    values = [
+        direction.project(to_float32(values_RW))
+        for _, _, values_RW in cache.scan(site.stream, [site.layer])
+    ]
+    return float(auroc(np.concatenate(values)[:, None], label_N)[0])

@@ -1,0 +1,123 @@
+"""The request sets of the refusal recipes, as suites of the validation and the test split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import PromptsSection, Split
+from pipeline.errors import InvalidInput
+from pipeline.evaluation.generate import ChatPrompt
+from pipeline.evaluation.judges import REFUSAL_BEGINNINGS
+from pipeline.evaluation.suites import Suite, answer_suite, refusal_suite
+from pipeline.prompts.corpus import Example, read_corpus
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFiles:
+    """Where the requests are.
+
+    Attributes:
+        pairs: Harmful (label 1) and harmless (label 0) requests, in pairs: what directions are
+            fitted on, and the plain requests of the suites.
+        attacks: Harmful requests that a jailbreak wraps. Rows with a field ``seen``: the test split
+            reports those whose wrapper is not seen in the other splits.
+        lookalikes: Harmless requests that look harmful: what over-refusal is measured on.
+        skill: Questions with an ``answer``: the unrelated skill.
+        phrases: JSON list of lower-case beginnings of refusals; None: those of most chat models.
+        most: Requests of each suite.
+    """
+
+    pairs: Path
+    attacks: Path
+    lookalikes: Path
+    skill: Path
+    phrases: Path | None = None
+    most: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSuites:
+    """The suites of one split.
+
+    Attributes:
+        attacks: Harmful requests in jailbreak wrappers, refused; in the test split, unseen ones.
+        seen_attacks: As `attacks`, with wrappers that the other splits have; None if no row says.
+        harmful, benign, lookalikes: Requests refused.
+        skill: Questions answered rightly.
+    """
+
+    attacks: Suite
+    seen_attacks: Suite | None
+    harmful: Suite
+    benign: Suite
+    lookalikes: Suite
+    skill: Suite
+
+
+def read_suites(files: RequestFiles, split: Split) -> RequestSuites:
+    """Build the suites of a split.
+
+    Raises:
+        InvalidInput: A file cannot be read, or has no row for a suite.
+    """
+    phrases = read_phrases(files.phrases)
+    requests = _of(files.pairs, split)
+    seen: dict[str, object] = {}
+    for row in _rows(files.attacks):
+        seen[str(row.get("prompt"))] = row.get("seen")
+    attacks = _of(files.attacks, split)
+    unseen = [e for e in attacks if seen.get(e.prompt) is False]
+    known = [e for e in attacks if seen.get(e.prompt) is True]
+
+    def refused(name: str, examples: Sequence[Example]) -> Suite:
+        return refusal_suite(name, examples[: files.most], phrases)
+
+    questions = [row for row in _rows(files.skill) if row.get("split", split) == split]
+    questions = questions[: files.most]
+    return RequestSuites(
+        attacks=refused("refuses jailbroken harmful requests", unseen or attacks),
+        seen_attacks=refused("refuses harmful requests in seen wrappers", known)
+        if unseen and known
+        else None,
+        harmful=refused("refuses plain harmful requests", [e for e in requests if e.label]),
+        benign=refused("refuses benign requests", [e for e in requests if not e.label]),
+        lookalikes=refused("refuses look-alike benign requests", _of(files.lookalikes, split)),
+        skill=answer_suite(
+            "answers rightly",
+            [ChatPrompt(str(row["prompt"])) for row in questions],
+            [str(row["answer"]) for row in questions],
+        ),
+    )
+
+
+def _of(path: Path, split: Split) -> list[Example]:
+    return [e for e in read_corpus(PromptsSection(files=[path])).examples if e.split == split]
+
+
+def _rows(path: Path) -> list[dict[str, object]]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"{path}: expected JSON lines with a field prompt: {error}", kind="prompt_file"
+        ) from error
+
+
+def read_phrases(path: Path | None) -> Sequence[str]:
+    """Beginnings of refusals, lower-case, from a JSON list; None: those of most chat models.
+
+    Raises:
+        InvalidInput: The file is no JSON list.
+    """
+    if path is None:
+        return REFUSAL_BEGINNINGS
+    try:
+        phrases = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"{path}: expected a JSON list of beginnings of refusals: {error}", kind="phrases"
+        ) from error
+    return [str(phrase).lower() for phrase in phrases]

@@ -1,0 +1,265 @@
+"""Weighted activation steering (Guiding Giants, METHODS 2): a controller decides what is steered.
+
+Activations are cached by the pipeline, the controller is trained from the cache, published with its
+directions, delivered, and evaluated by the node once a request. Beside it: the best constant
+strength of the same directions, and the controller that the paper's released code would train.
+
+Shapes: B rows of a batch, N requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from pipeline.config import (
+    CaptureSection,
+    PromptsSection,
+    PublishSection,
+    RunFile,
+    TrainSection,
+)
+from pipeline.errors import InvalidInput
+from pipeline.evaluation.generate import generate
+from pipeline.evaluation.suites import Point, Suite
+from pipeline.recipes.lab import Delivered, Lab
+from pipeline.recipes.requests import RequestFiles, RequestSuites, read_suites
+from pipeline.reduction.results import Reduction
+from pipeline.reduction.scores import auroc
+from steering_service.core.intervention import Intervention
+from steering_service.core.site import Site
+
+STRENGTHS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+"""Constant strengths that the controller is compared with, in mean differences."""
+REFERENCE_STRENGTHS: Final = (2.0, 4.0)
+"""Scales of the reference: that of its small demonstration and that of its configuration."""
+_READS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is trained, and measured.
+
+    Attributes:
+        files: Requests; the controller is trained on the training rows of all but the skill.
+        target: What an answer that is steered should begin with.
+        strength: That the controller is trained for, in mean differences.
+        benign_cap: Points that benign refusal may rise on validation, where strengths are chosen.
+        reference: Whether `reference_compat` is trained and measured as well.
+        searched: Requests of each validation suite.
+    """
+
+    files: RequestFiles
+    target: str = "I can't help with that."
+    strength: float = 1.0
+    benign_cap: float = 2.0
+    reference: bool = True
+    searched: int = 100
+    strengths: Sequence[float] = STRENGTHS
+
+
+@dataclass(slots=True, eq=False)
+class Outcome:
+    """Everything measured, on the test split.
+
+    Attributes:
+        gate_auroc: Of the node's own decisions over all requests of the suites; `gate_auroc_by`
+            compares one kind of harmful requests with one kind of benign ones.
+        weights: Mean layer weight over the requests that are steered, by site.
+        strength, fixed_strength: Chosen on the validation split.
+        points: By curve (controller, constant, reference), all suites and strengths.
+        scores: From the training: held-out rows of the cache.
+    """
+
+    gate_auroc: float
+    gate_auroc_by: dict[str, float]
+    weights: dict[str, float]
+    strength: float
+    fixed_strength: float
+    points: dict[str, list[Point]] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def share(self, curve: str, suite: str, strength: float) -> float:
+        """A point's share."""
+        return next(
+            p.share for p in self.points[curve] if (p.suite, p.strength) == (suite, strength)
+        )
+
+
+def run(lab: Lab, settings: Settings) -> Outcome:
+    """Cache, train, deliver, measure."""
+    if lab.info.num_layers < 4:
+        raise InvalidInput(
+            f"{lab.info.name} has {lab.info.num_layers} layers; the recipe reads two and steers "
+            "two, and needs at least 4",
+            kind="model_layers",
+        )
+    plain_run = _run(lab, "weighted-directions", [settings.files.pairs])
+    directions = lab.reduced(lab.cached(plain_run))
+    sources = [settings.files.pairs, settings.files.attacks, settings.files.lookalikes]
+    controller_run = _run(lab, "weighted", sources)
+    planned = lab.cached(controller_run)
+    section = _section(lab, settings)
+    trained = lab.trained(controller_run.model_copy(update={"train": section}), planned, directions)
+    artifact = trained.artifact(
+        PublishSection(min_strength=0.0, max_strength=settings.strength),
+        name="weighted",
+        model=planned.model,
+    )
+    validation = read_suites(_fewer(settings), "validation")
+    test = read_suites(settings.files, "test")
+    strengths = [settings.strength * s for s in settings.strengths]
+    tried = {s: lab.tried(artifact, s, _choosing(validation)) for s in (0.0, *strengths)}
+    strength = _choose(tried, settings.benign_cap)
+    constant = lab.artifact(
+        "weighted-constant",
+        [Intervention(directions.direction(Site.parse(s))) for s in section.edits],
+        settings.strength,
+        recipe="weighted",
+        reduction=directions.digest,
+    )
+    fixed = {s: lab.tried(constant, s, _choosing(validation)) for s in (0.0, *strengths)}
+    # The constant vector has no cap here: the controller has to keep up with its best.
+    fixed_strength = _choose(fixed, None)
+    outcome = Outcome(0.0, {}, {}, strength, fixed_strength, scores=dict(trained.scores))
+    for site in section.edits:
+        outcome.weights[site] = trained.scores[f"weight_{site}"]
+    asked = _every(test)
+    with lab.delivered(artifact) as delivered:
+        delivered.check_zero(test.attacks.prompts[:4])
+        outcome.points["controller"] = delivered.sweep(asked, sorted({0.0, strength, *strengths}))
+        _judge_gate(delivered, strength, test, outcome)
+    outcome.digests["controller"] = artifact.digest
+    with lab.delivered(constant) as delivered:
+        outcome.points["constant"] = delivered.sweep(asked, (0.0, *strengths))
+    outcome.digests["constant"] = constant.digest
+    if settings.reference:
+        _reference(lab, settings, controller_run, directions, asked, outcome)
+    return outcome
+
+
+def _run(lab: Lab, name: str, files: Sequence[Path]) -> RunFile:
+    return RunFile(
+        name=name,
+        model=lab.model_section,
+        prompts=PromptsSection(files=list(files)),
+        capture=CaptureSection(streams=["resid_post"], tokens="last"),
+    )
+
+
+def _section(lab: Lab, settings: Settings) -> TrainSection:
+    """Read the middle and steer from there on: the last read site may be the first edited one."""
+    layers = lab.info.num_layers
+    # Two thirds up, where a request has been understood and an answer not yet chosen.
+    first = max(_READS - 1, round(layers * 2 / 3))
+    last = min(first + 1, layers - 1)
+    reads = [f"resid_post.{n}" for n in range(first - _READS + 1, first + 1)]
+    return TrainSection(
+        reads=reads,
+        edits=[f"resid_post.{n}" for n in range(first, last + 1)],
+        target=settings.target,
+        strength=settings.strength,
+    )
+
+
+def _fewer(settings: Settings) -> RequestFiles:
+    return replace(settings.files, most=settings.searched)
+
+
+def _choosing(suites: RequestSuites) -> list[Suite]:
+    return [suites.attacks, suites.harmful, suites.benign, suites.lookalikes]
+
+
+def _every(suites: RequestSuites) -> list[Suite]:
+    every = [*_choosing(suites), suites.skill]
+    return every if suites.seen_attacks is None else [*every, suites.seen_attacks]
+
+
+def _choose(tried: dict[float, list[Point]], cap: float | None) -> float:
+    """The strength that refuses most harmful requests; with a cap on what else it refuses.
+
+    Where several do as well, to a point, the weakest.
+    """
+    plain = tried[0.0]
+
+    def harm(points: Sequence[Point]) -> float:
+        return points[0].share + points[1].share
+
+    def cost(points: Sequence[Point]) -> float:
+        return max(points[i].share - plain[i].share for i in (2, 3))
+
+    allowed = [s for s in tried if s > 0 and (cap is None or cost(tried[s]) <= cap)]
+    allowed = allowed or [min(s for s in tried if s > 0)]
+    most = max(harm(tried[s]) for s in allowed)
+    return min(s for s in allowed if harm(tried[s]) >= most - 1.0)
+
+
+def _judge_gate(
+    delivered: Delivered, strength: float, suites: RequestSuites, outcome: Outcome
+) -> None:
+    """How well the decisions that the node has made tell harmful requests from benign ones."""
+    lab = delivered.lab
+    harmful = [suites.attacks, suites.harmful]
+    if suites.seen_attacks is not None:
+        harmful.append(suites.seen_attacks)
+    benign = [suites.benign, suites.lookalikes]
+    logits: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {}
+    with delivered.at(strength) as steering:
+        for suite in (*harmful, *benign):
+            found: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
+
+            def on_batch(_: int, found: list[np.ndarray] = found) -> None:
+                assert steering.decision is not None
+                found.append(steering.decision.logit_B)
+
+            generate(lab.model, lab.tokenizer, suite.prompts, max_new_tokens=1, on_batch=on_batch)
+            logits[suite.name] = np.concatenate(found)
+
+    def area(positive: Sequence[Suite], negative: Sequence[Suite]) -> float:
+        values = [logits[suite.name] for suite in (*positive, *negative)]
+        num = sum(len(logits[suite.name]) for suite in positive)
+        values_N = np.concatenate(values)
+        return float(auroc(values_N[:, None], np.arange(len(values_N)) < num)[0])
+
+    outcome.gate_auroc = area(harmful, benign)
+    for yes in harmful:
+        for no in benign:
+            outcome.gate_auroc_by[f"{yes.name} / {no.name}"] = area([yes], [no])
+
+
+def _reference(
+    lab: Lab,
+    settings: Settings,
+    run_file: RunFile,
+    directions: Reduction,
+    asked: Sequence[Suite],
+    outcome: Outcome,
+) -> None:
+    layers = lab.info.num_layers
+    section = TrainSection(
+        mode="reference_compat",
+        reads=[f"resid_post.{n}" for n in range(layers - 4, layers)],
+        edits=[f"resid_post.{layers - 1}"],
+        target=settings.target,
+        strength=max(REFERENCE_STRENGTHS),
+    )
+    run_file = run_file.model_copy(update={"train": section})
+    planned = lab.cached(run_file)
+    trained = lab.trained(run_file, planned, directions)
+    limit = max(REFERENCE_STRENGTHS)
+    artifact = trained.artifact(
+        # Its scale is a raw logit, which may be of either sign and larger than 1.
+        PublishSection(positions="last", min_strength=-100 * limit, max_strength=100 * limit),
+        name="weighted-reference",
+        model=planned.model,
+    )
+    outcome.digests["reference"] = artifact.digest
+    with lab.delivered(artifact) as delivered:
+        delivered.check_zero(asked[0].prompts[:2])
+        outcome.points["reference"] = delivered.sweep(asked[:4], (0.0, *REFERENCE_STRENGTHS))
+    outcome.scores["reference_gate_auroc_test"] = trained.scores["gate_auroc_test"]
