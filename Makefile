@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test lint types contracts unit test-faults bench-real protos pins clean
+.PHONY: help demo repro test lint types contracts unit test-faults bench-real protos pins clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -27,6 +27,9 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 
 demo: $(VENV)/.demo  ## The main job, end to end, on the pocket model
 	$(BIN)/python examples/demo.py
+
+repro: $(VENV)/.demo  ## The four published systems on the pocket model (20 minutes)
+	$(BIN)/python examples/repro.py
 
 test: lint types contracts unit  ## Lint, types, import contracts and tests (under 15 minutes)
 
@@ -63,4 +66,4 @@ pins:  ## Renew constraints.txt from the newest versions that pyproject.toml all
 	mv constraints.new constraints.txt && rm -rf .venv-pins
 
 clean:  ## Remove what the demo and the tests have left
-	rm -rf steerage-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf steerage-demo steerage-repro .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

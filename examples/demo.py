@@ -10,37 +10,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from questions import Question, choose, coordination, refusal
 from rich.table import Table
 
 from pipeline.cli.batch import extracting, planning, print_reduction, reducing, reduction_summary
-from pipeline.cli.options import progress, stderr, stdout
+from pipeline.cli.options import stderr, stdout
+from pipeline.cli.repro import Place, open_lab
+from pipeline.config import load_run_file
 from pipeline.errors import OUR_ERRORS
 from pipeline.evaluation.controls import random_twin
 from pipeline.evaluation.generate import generate
-from pipeline.evaluation.suites import Point, Suite, sweep
-from pipeline.extraction.models import load_model, load_tokenizer
-from pipeline.ray_runtime import ray_session
+from pipeline.evaluation.suites import Point, Suite
+from pipeline.recipes.lab import Delivered
 from pipeline.reduction.artifacts import build_artifact
 from pipeline.reduction.results import Reduction
 from pipeline.report.environment import environment
 from pipeline.report.page import Answers, Behaviour, write_report
-from steering_service.adapters.transformers import Steering, fits, steered
-from steering_service.client.operator import Operator
-from steering_service.client.subscription import Subscription
 from steering_service.core.artifact import Artifact
-from steering_service.core.signing import Signer, TrustRoots, generate_key
 
 RANDOM_SEEDS: Final = (0, 1, 2)
 VALIDATION_SEED: Final = 100
@@ -72,8 +66,6 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # So that the service, a process of its own, is ended on the way out.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(arguments.out.resolve(), arguments.workers, arguments.json)
     except OUR_ERRORS as error:
@@ -89,49 +81,29 @@ def run(out: Path, num_workers: int, as_json: bool) -> None:
     """The whole flow."""
     start = time.monotonic()
     store = out / "store"
-    store.mkdir(parents=True, exist_ok=True)
-    private, public = out / "keys" / "publisher.key", out / "keys" / "publisher.pub"
-    if not private.exists():
-        private.parent.mkdir(exist_ok=True)
-        generate_key(private, public)
     questions = (refusal(), coordination())
+    # All questions are about one model.
+    model_path = load_run_file(questions[0].run_file).model.path
     artifacts: list[tuple[Artifact, Reduction]] = []
     parity = ""
-    model_path = Path()
-    with ray_session(None, num_workers):
+    found = []
+    with open_lab(Place(model=model_path, out=out, dtype="float32", workers=num_workers)) as lab:
         for question in questions:
             stderr.rule(question.title)
             run_file, root, planned = planning(question.run_file, str(store))
-            extraction = extracting(planned, root, num_workers, "cpu", None)
+            extraction = extracting(planned, root, num_workers, lab.device, lab.ray)
             if extraction["parity_worst"] is not None:
                 parity = f"{extraction['parity_worst']:.1e} at {extraction['parity_site']}"
-            reduction = reducing(run_file, root, planned, num_workers, None)
+            reduction = reducing(run_file, root, planned, num_workers, lab.ray)
             if not as_json:
                 print_reduction(reduction_summary(reduction, top=3))
             artifact = build_artifact(
                 reduction, run_file.publish, name=run_file.name, model=planned.model
             )
             artifacts.append((artifact, reduction))
-            model_path = run_file.model.path
-    stderr.rule("Deliver and steer")
-    # More threads make a model of this size no faster, and ten times slower on a busy machine.
-    torch.set_num_threads(1)
-    model, tokenizer = load_model(model_path, "float32"), load_tokenizer(model_path)
-    signer, trust = Signer.from_file(private), TrustRoots.from_paths([public])
-    found = []
-    with _service(store, public) as address, Operator(address) as operator:
+        stderr.rule("Deliver and steer")
         for question, (artifact, reduction) in zip(questions, artifacts, strict=True):
-            operator.publish(artifact, signer.sign(artifact.manifest_bytes))
-            with Subscription(
-                address,
-                channel=artifact.manifest.name,
-                node_id="demo-node",
-                cache_dir=out / "node",
-                trust_roots=trust,
-                model_fingerprint=artifact.manifest.model.fingerprint,
-                check=fits(model),
-            ) as subscription:
-                node = Node(model, tokenizer, operator, subscription, artifact)
+            with lab.delivered(artifact, node_id="demo-node", actor="demo") as node:
                 found.append(_measure(question, node, reduction))
     report = out / "report.html"
     write_report(
@@ -147,46 +119,7 @@ def run(out: Path, num_workers: int, as_json: bool) -> None:
         _print(found, out, report, seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """An inference node and the operator who turns its channel's strength."""
-
-    model: Any
-    tokenizer: Any
-    operator: Operator
-    subscription: Subscription
-    artifact: Artifact
-
-    @contextmanager
-    def at(self, strength: float) -> Iterator[Steering]:
-        """Promote a strength, wait until the node runs it, and steer."""
-        entry = self.operator.promote(
-            self.subscription.channel,
-            artifact=self.artifact.digest,
-            strength=strength,
-            enabled=True,
-            share=1.0,
-            actor="demo",
-            reason="strength sweep of the demo",
-        )
-        self.subscription.active.wait_for(entry.revision, timeout_s=10.0)
-        with steered(self.model, self.subscription.active) as steering:
-            yield steering
-
-    def sweep(self, suites: Sequence[Suite], strengths: Sequence[float], label: str) -> list[Point]:
-        """Sweep through the service, with a progress bar."""
-        with progress(label, len(suites) * len(strengths)) as (bar, task):
-            return sweep(
-                self.model,
-                self.tokenizer,
-                suites,
-                strengths,
-                self.at,
-                lambda point: bar.update(task, advance=1, note=f"strength {point.strength:+g}"),
-            )
-
-
-def _measure(question: Question, node: Node, reduction: Reduction) -> Found:
+def _measure(question: Question, node: Delivered, reduction: Reduction) -> Found:
     suites = question.suites["validation"]
     chances = _random_sweeps(
         node, suites, question.strengths, (VALIDATION_SEED,), f"{question.title}: random directions"
@@ -226,25 +159,20 @@ def _measure(question: Question, node: Node, reduction: Reduction) -> Found:
 
 
 def _random_sweeps(
-    node: Node,
+    node: Delivered,
     suites: Sequence[Suite],
     strengths: Sequence[float],
     seeds: Sequence[int],
     label: str,
 ) -> dict[int, list[Point]]:
     """By seed: the suites with a random direction of the same norm, applied by the node itself."""
-    points = {}
-    with progress(label, len(seeds) * len(suites) * len(strengths)) as (bar, task):
+    points: dict[int, list[Point]] = {seed: [] for seed in seeds}
+    with node.lab.track(label, len(seeds) * len(suites) * len(strengths)) as step:
         for seed in seeds:
             twin = random_twin(node.artifact, seed)
-            points[seed] = sweep(
-                node.model,
-                node.tokenizer,
-                suites,
-                strengths,
-                lambda strength, twin=twin: steered(node.model, twin, strength),  # type: ignore[misc]
-                lambda _: bar.update(task, advance=1),
-            )
+            for strength, suite in product(strengths, suites):
+                points[seed] += node.lab.tried(twin, strength, [suite])
+                step("")
     return points
 
 
@@ -271,14 +199,17 @@ def _lead(
     )
 
 
-def _answers(question: Question, node: Node, up: float, down: float) -> list[Answers]:
+def _answers(question: Question, node: Delivered, up: float, down: float) -> list[Answers]:
     """Whole answers to the first prompts of each suite: not picked by hand."""
     chosen = [(s.name, prompt) for s in question.suites["test"] for prompt in s.prompts[:2]]
     texts = {}
     for strength in (0.0, down, up):
         with node.at(strength):
             texts[strength] = generate(
-                node.model, node.tokenizer, [prompt for _, prompt in chosen], max_new_tokens=48
+                node.lab.model,
+                node.lab.tokenizer,
+                [prompt for _, prompt in chosen],
+                max_new_tokens=48,
             )
     return [
         Answers(
@@ -290,24 +221,6 @@ def _answers(question: Question, node: Node, up: float, down: float) -> list[Ans
         )
         for i, (suite, prompt) in enumerate(chosen)
     ]
-
-
-@contextmanager
-def _service(store: Path, public_key: Path) -> Iterator[str]:
-    """`steerage serve` in a process of its own, on a free loopback port."""
-    command = [
-        *(sys.executable, "-c", "from pipeline.main import run; run()"),
-        *("serve", "--store", str(store), "--address", "127.0.0.1:0"),
-        *("--trust", str(public_key), "--json"),
-    ]
-    with ExitStack() as stack:
-        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        stack.callback(process.terminate)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit("demo: the service did not start; its message is above")
-        yield json.loads(line)["address"]
 
 
 def _provenance(
@@ -370,6 +283,7 @@ def _print(found: Sequence[Found], out: Path, report: Path, seconds: float) -> N
         ("store: caches, reductions, artifacts, channels", out / "store"),
         ("keys", out / "keys"),
         ("the node's disk cache", out / "node"),
+        ("the service's log", out / "service.log"),
     ):
         where.add_row(what, str(path))
     stdout.print(where, soft_wrap=True)

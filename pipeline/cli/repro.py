@@ -5,6 +5,7 @@ alignment-faking.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def antidote(
     Chosen on validation under caps of 5 points of look-alike refusal and 2 points of the skill.
     """
     from pipeline.recipes import antidote as recipe
-    from pipeline.recipes.summaries import antidote_findings
+    from pipeline.recipes.summaries.antidote import antidote_findings
 
     settings = recipe.Settings(_files(data, attacks, lookalikes, skill, phrases))
     with open_lab(Place(model, out, store, dtype, workers, device, ray)) as lab:
@@ -231,7 +232,7 @@ def was(
 ) -> None:
     """Weighted activation steering (Guiding Giants, arXiv 2505.20309): a trained controller."""
     from pipeline.recipes import weighted as recipe
-    from pipeline.recipes.summaries import weighted_findings
+    from pipeline.recipes.summaries.weighted import weighted_findings
 
     files = _files(data, attacks, lookalikes, skill, phrases)
     settings = recipe.Settings(files, target=target, reference=reference)
@@ -295,7 +296,7 @@ def alignment_faking(
     """
     from pipeline.evaluation.tiers import DEFAULT_CONDITIONS, load_conditions
     from pipeline.recipes import faking as recipe
-    from pipeline.recipes.summaries import faking_findings
+    from pipeline.recipes.summaries.faking import faking_findings
 
     if (model is None) == (endpoint is None):
         raise typer.BadParameter("name either --model FOLDER or --endpoint ADDRESS")
@@ -333,7 +334,7 @@ def _choice(
 ) -> None:
     from pipeline.recipes.choice import Search, Settings
     from pipeline.recipes.published import published_for
-    from pipeline.recipes.summaries import choice_findings
+    from pipeline.recipes.summaries.choice import choice_findings
 
     with open_lab(place) as lab:
         settings = Settings(
@@ -429,6 +430,9 @@ def open_lab(place: Place) -> Iterator[Lab]:
         torch.set_num_threads(1)
     with ExitStack() as stack:
         stack.enter_context(ray_session(place.ray, place.workers))
+        # As Ctrl-C, so that the service, a process of its own, is ended on the way out. Here, since
+        # Ray sets a handler of its own as it starts.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         address = stack.enter_context(running_service(url, public, out / "service.log"))
         yield Lab(
             root=root,

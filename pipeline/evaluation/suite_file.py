@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -27,7 +28,7 @@ from pipeline.evaluation.suites import (
     choice_suite,
     refusal_suite,
 )
-from pipeline.prompts.corpus import FIELDS, Example, Format, _BadRow, _examples, _rows
+from pipeline.prompts.corpus import FIELDS, Example, Quarantined, Row, read_rows
 
 _MAX_NEW_TOKENS: Final[dict[Kind, int]] = {"refusal": 16, "choice": 8, "answer": 24, "fluency": 32}
 
@@ -191,10 +192,10 @@ def build_suites(file: SuiteFile, model: nn.Module, tokenizer: Any) -> tuple[Any
     return tuple(built)
 
 
-_Row = dict[str, Any]
+_Fields = Mapping[str, Any]
 
 
-def _selected(section: SuiteSection, file: SuiteFile) -> list[tuple[_Row, Sequence[Example]]]:
+def _selected(section: SuiteSection, file: SuiteFile) -> list[tuple[_Fields, Sequence[Example]]]:
     """The rows that a suite asks, each with its one or two examples."""
     rows = list(_read(section, file))
     for field in section.where:
@@ -221,7 +222,7 @@ def _selected(section: SuiteSection, file: SuiteFile) -> list[tuple[_Row, Sequen
     return chosen[: section.limit]
 
 
-def _read(section: SuiteSection, file: SuiteFile) -> Iterator[tuple[_Row, Sequence[Example]]]:
+def _read(section: SuiteSection, file: SuiteFile) -> Iterator[tuple[_Fields, Sequence[Example]]]:
     shares = PromptsSection(
         files=section.files,
         system=section.system,
@@ -229,31 +230,26 @@ def _read(section: SuiteSection, file: SuiteFile) -> Iterator[tuple[_Row, Sequen
         test_share=file.test_share,
     )
     for path in section.files:
-        for line, row in _rows(path, path.read_bytes()):
-            where = f"{path.name}:{line}"
-            try:
-                if isinstance(row, _BadRow):
-                    raise row
-                known, full = _shape(row, section.kind)
-                yield row, _examples(full, known, shares, where)
-            except _BadRow as problem:
+        for row in read_rows(path):
+            found = _examples(row, section.kind, shares) if isinstance(row, Row) else row
+            if not isinstance(row, Row) or isinstance(found, Quarantined):
                 # Unlike a run, an evaluation has few rows, and a share over other rows is another
                 # number: so a bad row is mended, not left out.
-                raise InvalidInput(
-                    f"suite {section.name!r}: {where}: {problem}", kind="suite_row"
-                ) from problem
+                raise InvalidInput(f"suite {section.name!r}: {found}", kind="suite_row")
+            yield row.fields, found
 
 
-def _shape(row: _Row, kind: Kind) -> tuple[Format, _Row]:
-    """The format to read a row as; a row that only asks gets a label, which is not used."""
+def _examples(row: Row, kind: Kind, shares: PromptsSection) -> Sequence[Example] | Quarantined:
+    """The examples of a row; one that only asks gets a label, which is not used."""
     if kind == "choice":
-        return ("caa" if FIELDS["caa"][0] in row else "pairs"), row
-    asked = row.get("prompt", row.get("question"))
+        return row.examples("caa" if FIELDS["caa"][0] in row.fields else "pairs", shares)
+    asked = row.fields.get("prompt", row.fields.get("question"))
     # Positive, as suites ask the positive examples of a pair.
-    return "labelled", row | {"prompt": asked, "label": 1}
+    labelled = replace(row, fields={**row.fields, "prompt": asked, "label": 1})
+    return labelled.examples("labelled", shares)
 
 
-def _answer(section: SuiteSection, row: _Row, example: Example) -> str:
+def _answer(section: SuiteSection, row: _Fields, example: Example) -> str:
     answer = row.get("answer")
     if isinstance(answer, (str, int)) and str(answer).strip():
         return str(answer).strip()

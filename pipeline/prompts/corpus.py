@@ -97,6 +97,33 @@ class Corpus:
     format: Format
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a prompt file that could be read; its fields may still be wrong.
+
+    Attributes:
+        file: Name of its file, without folders.
+        line: Line of a text file, row of a Parquet file; from 1.
+        fields: As the file has them; of a CSV, text alone.
+    """
+
+    file: str
+    line: int
+    fields: Mapping[str, Any]
+
+    def examples(self, known: Format, section: PromptsSection) -> Sequence[Example] | Quarantined:
+        """The row's examples: both of a pair, the positive one first, or one of a labelled row.
+
+        Args:
+            known: What the fields are read as.
+            section: Says how labels are told and, for a row without a split, the splits' shares.
+        """
+        try:
+            return _examples(self.fields, known, section, f"{self.file}:{self.line}")
+        except _BadRow as problem:
+            return Quarantined(self.file, self.line, str(problem))
+
+
 class _BadRow(Exception):
     """Why a row is quarantined."""
 
@@ -110,7 +137,7 @@ def read_corpus(section: PromptsSection) -> Corpus:
     hasher = hashlib.sha256()
     examples: list[Example] = []
     quarantined: list[Quarantined] = []
-    rows: list[tuple[str, int, dict[str, Any] | _BadRow]] = []
+    rows: list[Row | Quarantined] = []
     names = [path.name for path in section.files]
     if len(set(names)) < len(names):
         raise InvalidInput(
@@ -119,14 +146,9 @@ def read_corpus(section: PromptsSection) -> Corpus:
             kind="prompt_file",
         )
     for path in section.files:
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise InvalidInput(
-                f"prompt file {str(path)!r} cannot be read: {error.strerror}", kind="prompt_file"
-            ) from error
+        raw = _bytes(path)
         hasher.update(f"{path.name}\0".encode() + hashlib.sha256(raw).digest())
-        rows.extend((path.name, line, row) for line, row in _rows(path, raw))
+        rows.extend(_rows(path, raw))
     known = _detect(rows) if section.format == "auto" else section.format
     if known is None:
         raise InvalidInput(
@@ -134,14 +156,24 @@ def read_corpus(section: PromptsSection) -> Corpus:
             f"Expected one of the field sets {'; '.join(', '.join(f) for f in FIELDS.values())}",
             kind="prompt_format",
         )
-    for file, line, row in rows:
-        try:
-            if isinstance(row, _BadRow):
-                raise row
-            examples.extend(_examples(row, known, section, f"{file}:{line}"))
-        except _BadRow as problem:
-            quarantined.append(Quarantined(file, line, str(problem)))
+    for row in rows:
+        found = row.examples(known, section) if isinstance(row, Row) else row
+        if isinstance(found, Quarantined):
+            quarantined.append(found)
+        else:
+            examples.extend(found)
     return Corpus(examples, quarantined, len(rows), hasher.hexdigest(), known)
+
+
+def read_rows(path: Path) -> Iterator[Row | Quarantined]:
+    """The rows of one prompt file, for those who need more of its fields than examples have.
+
+    A row that cannot be read comes as why, in its place.
+
+    Raises:
+        InvalidInput: The file is missing, of unknown kind, or not Parquet though it is named so.
+    """
+    return _rows(path, _bytes(path))
 
 
 def check_quarantine(
@@ -175,20 +207,38 @@ def check_quarantine(
     )
 
 
-def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any] | _BadRow]]:
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(
+            f"prompt file {str(path)!r} cannot be read: {error.strerror}", kind="prompt_file"
+        ) from error
+
+
+def _rows(path: Path, raw: bytes) -> Iterator[Row | Quarantined]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _parquet_rows(path, raw)
+        rows = _parquet_rows(path, raw)
     elif suffix == ".csv":
-        yield from _csv_rows(path, raw)
+        rows = _csv_rows(raw)
     elif suffix in (".jsonl", ".ndjson"):
-        for line, text in enumerate(raw.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
-            if text.strip():
-                yield line, _json_row(text)
+        rows = _json_rows(raw)
     else:
         raise InvalidInput(
             f"prompt file {str(path)!r}: expected .jsonl, .csv or .parquet", kind="prompt_file"
         )
+    for line, row in rows:
+        if isinstance(row, _BadRow):
+            yield Quarantined(path.name, line, str(row))
+        else:
+            yield Row(path.name, line, row)
+
+
+def _json_rows(raw: bytes) -> Iterator[tuple[int, dict[str, Any] | _BadRow]]:
+    for line, text in enumerate(raw.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        if text.strip():
+            yield line, _json_row(text)
 
 
 def _json_row(text: bytes) -> dict[str, Any] | _BadRow:
@@ -219,7 +269,7 @@ def _parquet_rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any] 
             yield line, row
 
 
-def _csv_rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any] | _BadRow]]:
+def _csv_rows(raw: bytes) -> Iterator[tuple[int, dict[str, Any] | _BadRow]]:
     # surrogateescape keeps a bad byte inside its own row, where it can be quarantined.
     text = raw.decode("utf-8-sig", errors="surrogateescape")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -241,17 +291,17 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= char <= "\udfff" for char in text)
 
 
-def _detect(rows: Sequence[tuple[str, int, dict[str, Any] | _BadRow]]) -> Format | None:
+def _detect(rows: Sequence[Row | Quarantined]) -> Format | None:
     """The format of the first row that has the fields of one."""
-    for _, _, row in rows:
+    for row in rows:
         for name, fields in FIELDS.items():
-            if isinstance(row, dict) and all(field in row for field in fields):
+            if isinstance(row, Row) and all(field in row.fields for field in fields):
                 return name
     return None
 
 
 def _examples(
-    row: dict[str, Any], known: Format, section: PromptsSection, where: str
+    row: Mapping[str, Any], known: Format, section: PromptsSection, where: str
 ) -> Sequence[Example]:
     prompt = _text(row, FIELDS[known][0])
     group = _group(row)
@@ -272,23 +322,24 @@ def _examples(
     ]
 
 
-def _first(rows: Sequence[tuple[str, int, dict[str, Any] | _BadRow]]) -> str:
+def _first(rows: Sequence[Row | Quarantined]) -> str:
     """What the first row is, for a message."""
     if not rows:
         return "there are no rows"
-    file, line, row = rows[0]
-    what = row if isinstance(row, _BadRow) else f"fields {', '.join(map(str, row))}"
-    return f"the first is {file}:{line}: {what}"
+    row = rows[0]
+    if isinstance(row, Quarantined):
+        return f"the first is {row}"
+    return f"the first is {row.file}:{row.line}: fields {', '.join(map(str, row.fields))}"
 
 
-def _group(row: dict[str, Any]) -> str | None:
+def _group(row: Mapping[str, Any]) -> str | None:
     value = row.get("pair")
     if isinstance(value, int):
         return str(value)
     return _text(row, "pair") if value else None
 
 
-def _text(row: dict[str, Any], field: str) -> str:
+def _text(row: Mapping[str, Any], field: str) -> str:
     if field not in row or row[field] is None:
         raise _BadRow(f"field {field!r} is missing")
     value = row[field]
@@ -301,7 +352,7 @@ def _text(row: dict[str, Any], field: str) -> str:
     return value
 
 
-def _label(row: dict[str, Any], section: PromptsSection) -> bool:
+def _label(row: Mapping[str, Any], section: PromptsSection) -> bool:
     value = row.get("label")
     if value is None:
         raise _BadRow("field 'label' is missing")

@@ -17,7 +17,7 @@ from typing import Final, Literal
 import numpy as np
 
 from pipeline.config import CaptureSection, PromptsSection, RunFile
-from pipeline.errors import GateRefused, InvalidInput
+from pipeline.errors import InvalidInput
 from pipeline.evaluation.controls import random_twin
 from pipeline.evaluation.generate import ChatPrompt
 from pipeline.evaluation.likelihood import fluency_suites
@@ -25,8 +25,10 @@ from pipeline.evaluation.suites import AnySuite, Point, Suite, choice_suite
 from pipeline.prompts.corpus import Example, read_corpus
 from pipeline.recipes.lab import Lab
 from pipeline.recipes.published import Published
+from pipeline.recipes.trials import Candidate, choose
 from pipeline.reduction.results import Reduction
 from steering_service.core.artifact import Artifact
+from steering_service.core.direction import Direction
 from steering_service.core.intervention import Intervention
 from steering_service.core.site import Site
 
@@ -69,23 +71,6 @@ class Settings:
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     published: Published | None = None
     system: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An artifact at a strength, on the validation split.
-
-    Attributes:
-        share: Questions answered with the target choice, in points.
-        undefined: Questions answered with both letters or neither, in points.
-        ratio: Perplexity over the plain model's.
-    """
-
-    sites: tuple[Site, ...]
-    strength: float
-    share: float
-    undefined: float
-    ratio: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,8 +196,6 @@ class Search:
 
     def _any_artifact(self) -> Artifact:
         # At strength 0 nothing of it is applied.
-        from steering_service.core.direction import Direction
-
         info = self._lab.info
         vector_D = np.ones(info.d_model, np.float32)
         direction = Direction(Site("resid_post", 0), vector_D, 1.0, 1.0, "none")
@@ -381,24 +364,6 @@ def head_items(heads: Reduction, sites: Iterable[Site]) -> list[Intervention]:
         Intervention(heads.direction(site), strength_unit="sigma", positions="last")
         for site in sites
     ]
-
-
-def choose(candidates: Sequence[Candidate], cap: float) -> Candidate:
-    """Furthest on validation within the cap; among those within a point, the least perplexity.
-
-    Raises:
-        GateRefused: No candidate is within the cap with half of its answers defined.
-    """
-    allowed = [c for c in candidates if c.ratio <= cap and c.undefined <= 50.0]
-    if not allowed:
-        least = min(c.ratio for c in candidates)
-        raise GateRefused(
-            f"none of {len(candidates)} candidates keeps the perplexity within {cap:g} times the "
-            f"plain model's (the least was {least:.2f}); try weaker strengths or another cap",
-            kind="perplexity_cap",
-        )
-    most = max(c.share for c in allowed)
-    return min((c for c in allowed if c.share >= most - 1.0), key=lambda c: (c.ratio, c.strength))
 
 
 def _questions(split: str, examples: Sequence[Example], most: int) -> Suite:

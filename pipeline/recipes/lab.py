@@ -153,19 +153,26 @@ class Lab:
         )
 
     @contextmanager
-    def delivered(self, artifact: Artifact) -> Iterator[Delivered]:
-        """Publish an artifact, and have a node follow its channel inside the block."""
+    def delivered(
+        self, artifact: Artifact, *, node_id: str = "repro-node", actor: str = "steerage repro"
+    ) -> Iterator[Delivered]:
+        """Publish an artifact, and have a node follow its channel inside the block.
+
+        Args:
+            node_id: The node's name, for the service.
+            actor: Who turns the strength, for the channel's log.
+        """
         self.operator.publish(artifact, self.signer.sign(artifact.manifest_bytes))
         with Subscription(
             self.address,
             channel=artifact.manifest.name,
-            node_id="repro-node",
+            node_id=node_id,
             cache_dir=self.node_cache,
             trust_roots=self.trust,
             model_fingerprint=self.info.fingerprint,
             check=fits(self.model),
         ) as subscription:
-            yield Delivered(self, artifact, subscription)
+            yield Delivered(self, artifact, subscription, actor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +182,7 @@ class Delivered:
     lab: Lab
     artifact: Artifact
     subscription: Subscription
+    actor: str
 
     @contextmanager
     def at(self, strength: float) -> Iterator[Steering]:
@@ -185,17 +193,23 @@ class Delivered:
             strength=strength,
             enabled=True,
             share=1.0,
-            actor="steerage repro",
+            actor=self.actor,
             reason=f"measure at strength {strength:g}",
         )
         self.subscription.active.wait_for(entry.revision, timeout_s=30.0)
         with steered(self.lab.model, self.subscription.active) as steering:
             yield steering
 
-    def sweep(self, suites: Sequence[AnySuite], strengths: Sequence[float]) -> list[Point]:
-        """Measure suites at strengths that the channel sets, while the node runs on."""
-        name = self.artifact.manifest.name
-        with self.lab.track(f"measure {name}", len(suites) * len(strengths)) as step:
+    def sweep(
+        self, suites: Sequence[AnySuite], strengths: Sequence[float], label: str | None = None
+    ) -> list[Point]:
+        """Measure suites at strengths that the channel sets, while the node runs on.
+
+        Args:
+            label: Of the progress shown; by default the artifact's name.
+        """
+        label = label or f"measure {self.artifact.manifest.name}"
+        with self.lab.track(label, len(suites) * len(strengths)) as step:
             return sweep(
                 self.lab.model,
                 self.lab.tokenizer,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import PromptsSection, Split
 from pipeline.errors import InvalidInput
 from pipeline.evaluation.generate import ChatPrompt
 from pipeline.evaluation.judges import REFUSAL_BEGINNINGS
 from pipeline.evaluation.suites import Suite, answer_suite, refusal_suite
-from pipeline.prompts.corpus import Example, read_corpus
+from pipeline.prompts.corpus import Example, Quarantined, read_corpus, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class RequestFiles:
         attacks: Harmful requests that a jailbreak wraps. Rows with a field ``seen``: the test split
             reports those whose wrapper is not seen in the other splits.
         lookalikes: Harmless requests that look harmful: what over-refusal is measured on.
-        skill: Questions with an ``answer``: the unrelated skill.
+        skill: Questions with an ``answer`` and a ``split``: the unrelated skill.
         phrases: JSON list of lower-case beginnings of refusals; None: those of most chat models.
         most: Requests of each suite.
     """
@@ -57,26 +59,27 @@ class RequestSuites:
     skill: Suite
 
 
-def read_suites(files: RequestFiles, split: Split) -> RequestSuites:
-    """Build the suites of a split.
+def read_suites(files: RequestFiles, *splits: Split) -> RequestSuites:
+    """Build the suites of a split, or of several, mixed: more rows to choose on.
 
     Raises:
         InvalidInput: A file cannot be read, or has no row for a suite.
     """
     phrases = read_phrases(files.phrases)
-    requests = _of(files.pairs, split)
+    requests = _of(files.pairs, splits)
     seen: dict[str, object] = {}
     for row in _rows(files.attacks):
         seen[str(row.get("prompt"))] = row.get("seen")
-    attacks = _of(files.attacks, split)
+    attacks = _of(files.attacks, splits)
     unseen = [e for e in attacks if seen.get(e.prompt) is False]
     known = [e for e in attacks if seen.get(e.prompt) is True]
 
     def refused(name: str, examples: Sequence[Example]) -> Suite:
         return refusal_suite(name, examples[: files.most], phrases)
 
-    questions = [row for row in _rows(files.skill) if row.get("split", split) == split]
-    questions = questions[: files.most]
+    questions = _rows(files.skill, "prompt", "answer", "split")
+    questions = [row for row in questions if row["split"] in splits]
+    questions = sorted(questions, key=lambda row: _mixed(str(row["prompt"])))[: files.most]
     return RequestSuites(
         attacks=refused("refuses jailbroken harmful requests", unseen or attacks),
         seen_attacks=refused("refuses harmful requests in seen wrappers", known)
@@ -84,7 +87,7 @@ def read_suites(files: RequestFiles, split: Split) -> RequestSuites:
         else None,
         harmful=refused("refuses plain harmful requests", [e for e in requests if e.label]),
         benign=refused("refuses benign requests", [e for e in requests if not e.label]),
-        lookalikes=refused("refuses look-alike benign requests", _of(files.lookalikes, split)),
+        lookalikes=refused("refuses look-alike benign requests", _of(files.lookalikes, splits)),
         skill=answer_suite(
             "answers rightly",
             [ChatPrompt(str(row["prompt"])) for row in questions],
@@ -93,17 +96,30 @@ def read_suites(files: RequestFiles, split: Split) -> RequestSuites:
     )
 
 
-def _of(path: Path, split: Split) -> list[Example]:
-    return [e for e in read_corpus(PromptsSection(files=[path])).examples if e.split == split]
+def _of(path: Path, splits: Sequence[Split]) -> list[Example]:
+    examples = read_corpus(PromptsSection(files=[path])).examples
+    return sorted((e for e in examples if e.split in splits), key=lambda e: _mixed(e.prompt))
 
 
-def _rows(path: Path) -> list[dict[str, object]]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InvalidInput(
-            f"{path}: expected JSON lines with a field prompt: {error}", kind="prompt_file"
-        ) from error
+def _mixed(prompt: str) -> str:
+    """An order that mixes splits and frames of wording, so that the first rows stand for all."""
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+def _rows(path: Path, *needed: str) -> list[Mapping[str, Any]]:
+    """The fields of a file's rows, each of which has those that are needed."""
+    rows = []
+    for row in read_rows(path):
+        if isinstance(row, Quarantined):
+            raise InvalidInput(f"{path}: {row}", kind="prompt_row")
+        if missing := [name for name in needed if not row.fields.get(name)]:
+            raise InvalidInput(
+                f"{path}, line {row.line}: expected the fields {', '.join(needed)}; "
+                f"{', '.join(missing)} is missing or empty",
+                kind="prompt_row",
+            )
+        rows.append(row.fields)
+    return rows
 
 
 def read_phrases(path: Path | None) -> Sequence[str]:

@@ -33,11 +33,10 @@ from pipeline.reduction.scores import auroc
 from steering_service.core.intervention import Intervention
 from steering_service.core.site import Site
 
-STRENGTHS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-"""Constant strengths that the controller is compared with, in mean differences."""
+STRENGTHS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.25, 1.5)
+"""Strengths of the controller and of the constant vector, over the one that it is trained for."""
 REFERENCE_STRENGTHS: Final = (2.0, 4.0)
 """Scales of the reference: that of its small demonstration and that of its configuration."""
-_READS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +83,18 @@ class Outcome:
     scores: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
-    def share(self, curve: str, suite: str, strength: float) -> float:
-        """A point's share."""
-        return next(
-            p.share for p in self.points[curve] if (p.suite, p.strength) == (suite, strength)
-        )
+    def share(self, curve: str, suites: str | Sequence[str], strength: float) -> float:
+        """Share over all prompts of one suite, or of several together, in points."""
+        names = (suites,) if isinstance(suites, str) else suites
+        chosen = [p for p in self.points[curve] if p.suite in names and p.strength == strength]
+        return 100.0 * sum(p.hits for p in chosen) / sum(p.num for p in chosen)
 
 
 def run(lab: Lab, settings: Settings) -> Outcome:
     """Cache, train, deliver, measure."""
     if lab.info.num_layers < 4:
         raise InvalidInput(
-            f"{lab.info.name} has {lab.info.num_layers} layers; the recipe reads two and steers "
-            "two, and needs at least 4",
+            f"{lab.info.name} has {lab.info.num_layers} layers; the reference reads the last four",
             kind="model_layers",
         )
     plain_run = _run(lab, "weighted-directions", [settings.files.pairs])
@@ -106,26 +104,26 @@ def run(lab: Lab, settings: Settings) -> Outcome:
     planned = lab.cached(controller_run)
     section = _section(lab, settings)
     trained = lab.trained(controller_run.model_copy(update={"train": section}), planned, directions)
+    strengths = [settings.strength * s for s in settings.strengths]
     artifact = trained.artifact(
-        PublishSection(min_strength=0.0, max_strength=settings.strength),
+        PublishSection(min_strength=0.0, max_strength=max(strengths)),
         name="weighted",
         model=planned.model,
     )
     validation = read_suites(_fewer(settings), "validation")
     test = read_suites(settings.files, "test")
-    strengths = [settings.strength * s for s in settings.strengths]
     tried = {s: lab.tried(artifact, s, _choosing(validation)) for s in (0.0, *strengths)}
-    strength = _choose(tried, settings.benign_cap)
+    strength = choose_strength(tried, settings.benign_cap)
     constant = lab.artifact(
         "weighted-constant",
         [Intervention(directions.direction(Site.parse(s))) for s in section.edits],
-        settings.strength,
+        max(strengths),
         recipe="weighted",
         reduction=directions.digest,
     )
     fixed = {s: lab.tried(constant, s, _choosing(validation)) for s in (0.0, *strengths)}
     # The constant vector has no cap here: the controller has to keep up with its best.
-    fixed_strength = _choose(fixed, None)
+    fixed_strength = choose_strength(fixed, None, tolerance=0.0)
     outcome = Outcome(0.0, {}, {}, strength, fixed_strength, scores=dict(trained.scores))
     for site in section.edits:
         outcome.weights[site] = trained.scores[f"weight_{site}"]
@@ -153,14 +151,13 @@ def _run(lab: Lab, name: str, files: Sequence[Path]) -> RunFile:
 
 
 def _section(lab: Lab, settings: Settings) -> TrainSection:
-    """Read the middle and steer from there on: the last read site may be the first edited one."""
+    """Read one layer and steer from there on: it is read before it is edited."""
     layers = lab.info.num_layers
     # Two thirds up, where a request has been understood and an answer not yet chosen.
-    first = max(_READS - 1, round(layers * 2 / 3))
+    first = round(layers * 2 / 3)
     last = min(first + 1, layers - 1)
-    reads = [f"resid_post.{n}" for n in range(first - _READS + 1, first + 1)]
     return TrainSection(
-        reads=reads,
+        reads=[f"resid_post.{first}"],
         edits=[f"resid_post.{n}" for n in range(first, last + 1)],
         target=settings.target,
         strength=settings.strength,
@@ -180,10 +177,12 @@ def _every(suites: RequestSuites) -> list[Suite]:
     return every if suites.seen_attacks is None else [*every, suites.seen_attacks]
 
 
-def _choose(tried: dict[float, list[Point]], cap: float | None) -> float:
+def choose_strength(
+    tried: dict[float, list[Point]], cap: float | None, tolerance: float = 1.0
+) -> float:
     """The strength that refuses most harmful requests; with a cap on what else it refuses.
 
-    Where several do as well, to a point, the weakest.
+    Where several do as well, to `tolerance` points, the weakest.
     """
     plain = tried[0.0]
 
@@ -196,7 +195,7 @@ def _choose(tried: dict[float, list[Point]], cap: float | None) -> float:
     allowed = [s for s in tried if s > 0 and (cap is None or cost(tried[s]) <= cap)]
     allowed = allowed or [min(s for s in tried if s > 0)]
     most = max(harm(tried[s]) for s in allowed)
-    return min(s for s in allowed if harm(tried[s]) >= most - 1.0)
+    return min(s for s in allowed if harm(tried[s]) >= most - tolerance)
 
 
 def _judge_gate(
