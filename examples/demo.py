@@ -22,8 +22,8 @@ from questions import Question, choose, coordination, refusal
 from rich.table import Table
 
 from pipeline.cli.batch import extracting, planning, print_reduction, reducing, reduction_summary
+from pipeline.cli.lab import Place, open_lab
 from pipeline.cli.options import stderr, stdout
-from pipeline.cli.repro import Place, open_lab
 from pipeline.config import load_run_file
 from pipeline.errors import OUR_ERRORS
 from pipeline.evaluation.controls import random_twin

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from pipeline.cli.lab import Place, neutral_prompts, open_lab
 from pipeline.cli.options import stderr
-from pipeline.cli.repro import Place, neutral_prompts, open_lab
 from pipeline.errors import OUR_ERRORS
 from pipeline.evaluation.judges import PhraseJudge
 from pipeline.evaluation.tiers import load_conditions

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import InvalidInput
 from pipeline.reduction.methods import Method, complete_parameters
-from steering_service.core.controller import Mode
+from steering_service.core.controller import Mode, check_order
 from steering_service.core.errors import SteeringError
 from steering_service.core.intervention import Operation, Positions, StrengthUnit
 from steering_service.core.site import Site
@@ -189,30 +189,44 @@ class TrainSection(_Section):
     """Another run file whose directions are steered along, relative to this one; without it, those
     of this run. The controller's prompts may well hold what a direction should not, such as
     jailbreak wrappers."""
-    target: str
+    target: Annotated[str, Field(min_length=1)]
     """What an answer that is steered should begin with, such as "I can't help with that."."""
-    strength: Annotated[float, Field(gt=0)] = 1.0
+    strength: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Strength of the channel that it is trained for: what a scale and a weight of 1 add."""
     hidden: Annotated[int, Field(ge=1)] = 64
     """Units of the hidden layer."""
-    gate_steps: Annotated[int, Field(ge=0)] = 600
+    gate_steps: Annotated[int, Field(ge=1)] = 500
     """Steps on the classes alone, which need no forward pass of the model."""
     outcome_steps: Annotated[int, Field(ge=0)] = 150
     """Steps on what the steered model says."""
     batch: Annotated[int, Field(ge=2)] = 32
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-3
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """AdamW's, of the gate. Large, since there are fewer rows than a stream is wide."""
     answer_tokens: Annotated[int, Field(ge=1)] = 12
     """Tokens of the own answers that must stay as they are where nothing is to be steered."""
-    keep_weight: Annotated[float, Field(ge=0)] = 1.0
+    keep_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of the KL to the base model on the negative class."""
-    cost_weight: Annotated[float, Field(ge=0)] = 0.1
+    cost_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     """Weight of the steering's own size, relative to the activations, on the positive class."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0
 
     @field_validator("reads", "edits")
     @classmethod
     def _are_sites(cls, value: list[str]) -> list[str]:
+        if len(set(value)) != len(value):
+            raise ValueError("a site is named twice")
         return _checked_sites(value)
+
+    @model_validator(mode="after")
+    def _reads_before_edits(self) -> TrainSection:
+        # A node would refuse the artifact, but only after it has been trained.
+        reads, edits = (tuple(map(Site.parse, sites)) for sites in (self.reads, self.edits))
+        try:
+            check_order(reads, edits)
+        except SteeringError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class RunFile(_Section):

@@ -4,35 +4,19 @@ alignment-faking.
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pipeline.cli.app import app
-from pipeline.cli.options import (
-    AsJson,
-    Device,
-    RayAddress,
-    Workers,
-    print_json,
-    progress,
-    stdout,
-)
-from pipeline.errors import InvalidInput
+from pipeline.cli.lab import CPUS, OUT, Place, finish, neutral_prompts, open_lab, track
+from pipeline.cli.options import AsJson, Device, RayAddress, Workers
 
 if TYPE_CHECKING:
     from pipeline.evaluation.endpoint import Endpoint
-    from pipeline.evaluation.generate import ChatPrompt
     from pipeline.evaluation.judges import Judge
     from pipeline.recipes.choice import Method
-    from pipeline.recipes.findings import Findings
-    from pipeline.recipes.lab import Lab
     from pipeline.recipes.requests import RequestFiles
 
 repro = typer.Typer(
@@ -45,7 +29,12 @@ repro = typer.Typer(
 )
 app.add_typer(repro, name="repro")
 
-Model = Annotated[Path, typer.Option("--model", help="Model folder, as save_pretrained writes it.")]
+Model = Annotated[
+    Path,
+    typer.Option(
+        "--model", exists=True, file_okay=False, help="Model folder, as save_pretrained writes it."
+    ),
+]
 Out = Annotated[
     Path, typer.Option("--out", help="Folder for reports, keys and the node's disk cache.")
 ]
@@ -56,13 +45,18 @@ Store = Annotated[
 Questions = Annotated[
     Path,
     typer.Option(
-        "--data", help="Two-choice questions with both answers, in CAA's format, with splits."
+        "--data",
+        exists=True,
+        dir_okay=False,
+        help="Two-choice questions with both answers, in CAA's format, with splits.",
     ),
 ]
 Neutral = Annotated[
     Path | None,
     typer.Option(
         "--neutral",
+        exists=True,
+        dir_okay=False,
         help="Prompts whose plain answers must stay as probable; by default some of our own.",
     ),
 ]
@@ -80,36 +74,44 @@ Ask = Annotated[
 ]
 Pairs = Annotated[
     Path,
-    typer.Option("--data", help="Harmful (label 1) and harmless (label 0) requests, in pairs."),
+    typer.Option(
+        "--data",
+        exists=True,
+        dir_okay=False,
+        help="Harmful (label 1) and harmless (label 0) requests, in pairs.",
+    ),
 ]
-Attacks = Annotated[Path, typer.Option("--attacks", help="Harmful requests in jailbreak wrappers.")]
+Attacks = Annotated[
+    Path,
+    typer.Option(
+        "--attacks", exists=True, dir_okay=False, help="Harmful requests in jailbreak wrappers."
+    ),
+]
 Lookalikes = Annotated[
-    Path, typer.Option("--lookalikes", help="Harmless requests that look harmful.")
+    Path,
+    typer.Option(
+        "--lookalikes", exists=True, dir_okay=False, help="Harmless requests that look harmful."
+    ),
 ]
-Skill = Annotated[Path, typer.Option("--skill", help="Unrelated questions with a field `answer`.")]
+Skill = Annotated[
+    Path,
+    typer.Option(
+        "--skill", exists=True, dir_okay=False, help="Unrelated questions with a field `answer`."
+    ),
+]
 Phrases = Annotated[
     Path | None,
-    typer.Option("--phrases", help="JSON list of beginnings of refusals; by default common ones."),
+    typer.Option(
+        "--phrases",
+        exists=True,
+        dir_okay=False,
+        help="JSON list of beginnings of refusals; by default common ones.",
+    ),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"],
     typer.Option("--dtype", help="What is computed in; auto is the checkpoint's."),
 ]
-CPUS = max(1, os.cpu_count() or 1)
-OUT = Path("steerage-repro")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a recipe runs and what it leaves: the flags that all of them share."""
-
-    model: Path
-    out: Path
-    store: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    workers: int = CPUS
-    device: Literal["cpu", "cuda"] = "cpu"
-    ray: str | None = None
 
 
 @repro.command()
@@ -202,7 +204,7 @@ def antidote(
     settings = recipe.Settings(_files(data, attacks, lookalikes, skill, phrases))
     with open_lab(Place(model, out, store, dtype, workers, device, ray)) as lab:
         found = antidote_findings(recipe.run(lab, settings), settings)
-    _finish(found, "antidote", out, as_json)
+    finish(found, "antidote", out, as_json)
 
 
 @repro.command()
@@ -238,7 +240,7 @@ def was(
     settings = recipe.Settings(files, target=target, reference=reference)
     with open_lab(Place(model, out, store, dtype, workers, device, ray)) as lab:
         found = weighted_findings(recipe.run(lab, settings), settings)
-    _finish(found, "was", out, as_json)
+    finish(found, "was", out, as_json)
 
 
 @repro.command(name="alignment-faking")
@@ -246,11 +248,17 @@ def alignment_faking(
     data: Annotated[
         Path,
         typer.Option(
-            "--data", help="Requests; with tier, system and pair, those systems are used."
+            "--data",
+            exists=True,
+            dir_okay=False,
+            help="Requests; with tier, system and pair, those systems are used.",
         ),
     ],
     model: Annotated[
-        Path | None, typer.Option("--model", help="Local model to ask, and to look inside.")
+        Path | None,
+        typer.Option(
+            "--model", exists=True, file_okay=False, help="Local model to ask, and to look inside."
+        ),
     ] = None,
     endpoint: Annotated[
         str | None,
@@ -265,7 +273,12 @@ def alignment_faking(
     ] = None,
     conditions: Annotated[
         Path | None,
-        typer.Option("--conditions", help="Conditions (TOML); by default ours for chat models."),
+        typer.Option(
+            "--conditions",
+            exists=True,
+            dir_okay=False,
+            help="Conditions (TOML); by default ours for chat models.",
+        ),
     ] = None,
     judge: Annotated[
         str,
@@ -314,13 +327,13 @@ def alignment_faking(
             lambda prompts: asked.ask(prompts, max_tokens=max_new_tokens),
             settings,
             judging,
-            _track,
+            track,
         )
         outcome = recipe.Outcome(results, None)
     else:
         with open_lab(Place(model, out, store, dtype, workers, device, ray)) as lab:
             outcome = recipe.run(lab, settings, judging)
-    _finish(faking_findings(outcome), "alignment-faking", out, as_json)
+    finish(faking_findings(outcome), "alignment-faking", out, as_json)
 
 
 def _choice(
@@ -345,24 +358,7 @@ def _choice(
             system=ask,
         )
         found = choice_findings(Search(lab, settings).run(methods), settings)
-    _finish(found, methods[0], place.out, as_json)
-
-
-def neutral_prompts(path: Path | None) -> list[ChatPrompt]:
-    """Prompts of a file, the benign ones where it has labels; or a few everyday ones of ours."""
-    from pipeline.config import PromptsSection
-    from pipeline.evaluation.generate import ChatPrompt
-    from pipeline.prompts.corpus import read_corpus
-    from pipeline.recipes.published import EVERYDAY
-
-    if path is None:
-        return [ChatPrompt(text) for text in EVERYDAY]
-    examples = read_corpus(PromptsSection(files=[path])).examples
-    chosen = [e for e in examples if e.split == "validation" and not e.label]
-    chosen = chosen or [e for e in examples if not e.label]
-    if not chosen:
-        raise InvalidInput(f"{path}: no prompt with label 0", kind="neutral_empty")
-    return [ChatPrompt(e.prompt, e.system) for e in chosen[:32]]
+    finish(found, methods[0], place.out, as_json)
 
 
 def _files(
@@ -395,70 +391,3 @@ def _endpoint(address: str, name: str | None, key_variable: str | None, flag: st
     if name is None:
         raise typer.BadParameter(f"an endpoint serves models by name: add {flag}")
     return Endpoint(address, name, key_variable)
-
-
-@contextmanager
-def _track(label: str, total: int | None) -> Iterator[Callable[[str], None]]:
-    with progress(label, total) as (bar, task):
-        yield lambda note: bar.update(task, advance=1, note=note)
-
-
-@contextmanager
-def open_lab(place: Place) -> Iterator[Lab]:
-    """Load a model, start Ray and a steering service, and make keys, for the recipes."""
-    import torch
-
-    from pipeline.cli.service import running_service
-    from pipeline.extraction.models import ModelInfo, load_model, load_tokenizer
-    from pipeline.ray_runtime import ray_session
-    from pipeline.recipes.lab import Lab
-    from steering_service.client.operator import Operator
-    from steering_service.core.signing import Signer, TrustRoots, generate_key
-    from store.location import Location
-
-    info = ModelInfo.read(place.model.resolve())
-    out = place.out.resolve()
-    private, public = out / "keys" / "publisher.key", out / "keys" / "publisher.pub"
-    if not private.exists():
-        private.parent.mkdir(parents=True, exist_ok=True)
-        generate_key(private, public)
-    url = place.store or str(out / "store")
-    root = Location.open(url)
-    dtype = info.dtype if place.dtype == "auto" else place.dtype
-    if info.d_model <= 512:
-        # More threads make a small model no faster, and ten times slower on a busy machine.
-        torch.set_num_threads(1)
-    with ExitStack() as stack:
-        stack.enter_context(ray_session(place.ray, place.workers))
-        # As Ctrl-C, so that the service, a process of its own, is ended on the way out. Here, since
-        # Ray sets a handler of its own as it starts.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        address = stack.enter_context(running_service(url, public, out / "service.log"))
-        yield Lab(
-            root=root,
-            info=info,
-            dtype=dtype,
-            model=load_model(info.path, dtype, place.device),
-            tokenizer=load_tokenizer(info.path),
-            operator=stack.enter_context(Operator(address)),
-            address=address,
-            signer=Signer.from_file(private),
-            trust=TrustRoots.from_paths([public]),
-            node_cache=out / "node",
-            num_workers=place.workers,
-            ray=place.ray,
-            device=place.device,
-            track=_track,
-        )
-
-
-def _finish(found: Findings, name: str, out: Path, as_json: bool) -> None:
-    """Write the page and the figures, and print them."""
-    from pipeline.recipes.findings import print_findings, write_findings
-
-    page = write_findings(found, name, out.resolve())
-    if as_json:
-        print_json(dict(found.summary) | {"report": str(page)})
-    else:
-        print_findings(found, stdout)
-        stdout.print(f"report: {page}", highlight=False, soft_wrap=True)

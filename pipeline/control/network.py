@@ -83,9 +83,13 @@ def best_threshold(logit_N: NDArray[np.float32], label_N: NDArray[np.bool_]) -> 
     """
     if label_N.all() or not label_N.any():
         return 0.5
-    ends = np.sort(np.unique(logit_N.astype(np.float64)))
+    ends = np.unique(logit_N.astype(np.float64))
     between = np.concatenate([[ends[0] - 1], (ends[1:] + ends[:-1]) / 2, [ends[-1] + 1]])
-    above_CN = logit_N[None, :] >= between[:, None]
-    gain = above_CN[:, label_N].mean(axis=1) - above_CN[:, ~label_N].mean(axis=1)
+    # Shares below a threshold, by sorting: every threshold with every row would be N x N.
+    below = [
+        np.searchsorted(np.sort(logit_N[chosen]), between) / chosen.sum()
+        for chosen in (label_N, ~label_N)
+    ]
+    gain = below[1] - below[0]
     best = between[np.isclose(gain, gain.max())]
     return float(0.5 * (1 + np.tanh(0.5 * best[len(best) // 2])))

@@ -8,6 +8,7 @@ Shapes: B requests, T positions, V vocabulary, M answer positions, I interventio
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,12 +63,16 @@ class Answers:
 
     def logits(self, model: nn.Module) -> Tensor:
         """Float32 [M, V], what the model says where each answer token is due."""
-        first = min(self.prompt_lengths) - 1
-        kept = torch.arange(first, self.ids_BT.shape[1] - 1, device=self.ids_BT.device)
-        # Logits of the prompts would be most of the memory with a large vocabulary.
-        output: Any = model(input_ids=self.ids_BT, use_cache=False, logits_to_keep=kept)
-        due_BT = self.is_answer_BT[:, first + 1 :]
-        logits: Tensor = output.logits[due_BT].float()
+        due_BT = self.is_answer_BT[:, 1:]
+        options: dict[str, Any] = {}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            # Logits of the prompts would be most of the memory with a large vocabulary, so only
+            # positions where some row's answer is due are computed.
+            kept = due_BT.any(dim=0).nonzero().flatten()
+            options["logits_to_keep"] = kept
+            due_BT = due_BT[:, kept]
+        output: Any = model(input_ids=self.ids_BT, use_cache=False, **options)
+        logits: Tensor = output.logits[:, : due_BT.shape[1]][due_BT].float()
         return logits
 
 

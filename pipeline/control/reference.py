@@ -64,19 +64,17 @@ class ReferenceTraining(Training):
             )
         ]
         self.num_steps = len(self._batches)
+        site = Site.parse(last)
+        self._direction = Direction(
+            site=site,
+            vector_D=embedding_direction(self.model, self.tokenizer),
+            sigma=0.0,
+            activation_norm=self.reduction.direction(site).activation_norm,
+            method="embedding_difference",
+        )
 
     def directions(self) -> Sequence[Direction]:
-        last = Site("resid_post", self._num_layers - 1)
-        fitted = self.reduction.direction(last)
-        return [
-            Direction(
-                site=last,
-                vector_D=embedding_direction(self.model, self.tokenizer),
-                sigma=0.0,
-                activation_norm=fitted.activation_norm,
-                method="embedding_difference",
-            )
-        ]
+        return [self._direction]
 
     def outputs(self) -> Sequence[int]:
         return [self._num_layers - 1]

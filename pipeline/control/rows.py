@@ -48,7 +48,7 @@ def read_rows(cache: ActivationCache, reads: Sequence[Site]) -> ControllerRows:
     Raises:
         NotFound: The cache is not complete, or lacks a stream or layer that is read.
         InvalidInput: The cache holds other tokens than the last one of each prompt, which is where
-            a controller reads.
+            a controller reads, or its prompts hold completions.
     """
     if not cache.is_complete:
         raise NotFound(
@@ -61,6 +61,13 @@ def read_rows(cache: ActivationCache, reads: Sequence[Site]) -> ControllerRows:
             f"cache {cache.digest[:12]} holds tokens = {cache.capture['tokens']!r}; a controller "
             'reads the last token of the prompt: set tokens = "last" under [capture]',
             kind="controller_tokens",
+        )
+    if (form := cache.capture["prompts"]["format"]) != "labelled":
+        raise InvalidInput(
+            f"cache {cache.digest[:12]} is of {form} prompts, whose last token is that of a "
+            "completion; a controller reads where a request ends: use prompts with labels, "
+            "{prompt, label}",
+            kind="controller_prompts",
         )
     index = cache.index()
     widths = [_width(cache, site) for site in reads]
@@ -94,4 +101,13 @@ def _width(cache: ActivationCache, site: Site) -> int:
             f"controller reads {site}; add the layer under [capture]",
             kind="site",
         )
-    return layout.width if site.head is None else layout.width // (layout.num_heads or 1)
+    if site.head is None:
+        return layout.width
+    num_heads = layout.num_heads or 1
+    if site.head >= num_heads:
+        raise NotFound(
+            f"cache {cache.digest[:12]} has heads 0 to {num_heads - 1} of {site.stream}, and the "
+            f"controller reads {site}",
+            kind="site",
+        )
+    return layout.width // num_heads

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from pipeline.config import TrainSection
 from pipeline.control.gated import GatedTraining
 from pipeline.control.reference import ReferenceTraining
 from pipeline.control.results import TrainedController, trained_digest
-from pipeline.control.training import Task
+from pipeline.control.training import Task, Training
 from pipeline.errors import InvalidInput
 from pipeline.ray_runtime import ray_session
 from pipeline.reduction.results import Reduction
@@ -32,6 +34,21 @@ class Progress:
     step: int
     num_steps: int
     losses: Mapping[str, float]
+
+
+class _Actor:
+    """Holds a Training. It is made in a call of its own, since Ray says of an error in an actor's
+    `__init__` only that the actor has died.
+    """
+
+    def begin(self, training: Callable[[Task], Training], task: Task) -> None:
+        self._training = training(task)
+
+    def advance(self, num_steps: int) -> tuple[int, int, dict[str, float]]:
+        return self._training.advance(num_steps)
+
+    def finish(self) -> None:
+        self._training.finish()
 
 
 def train(
@@ -58,12 +75,20 @@ def train(
 
     Raises:
         NotFound: The cache is not complete, or a site was not captured.
-        InvalidInput: A class without training rows, a site that is steered before it is read, or
-            directions of another model.
+        InvalidInput: A class without training rows, prompts or tokens that a controller cannot
+            read, directions of another model or of doubtful sign, losses that diverge, or ``cuda``
+            without a GPU.
     """
     digest = trained_digest(cache.digest, reduction.digest, section)
     if TrainedController.exists(root, digest):
         return TrainedController.open(root, digest)
+    if device == "cuda" and address is None and not torch.cuda.is_available():
+        # Ray would wait for a GPU for ever.
+        raise InvalidInput(
+            f"--device cuda: torch {torch.__version__} sees no GPU on this machine; "
+            "use --device cpu, or --ray ADDRESS for a cluster that has some",
+            kind="device",
+        )
     ours, theirs = (c["model"]["fingerprint"] for c in (cache.capture, reduction.capture))
     if ours != theirs:
         raise InvalidInput(
@@ -77,7 +102,8 @@ def train(
         import ray
 
         # Some steps a call, so that the driver can show them and Ctrl-C ends between two.
-        actor = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"))(training).remote(task)
+        actor = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"))(_Actor).remote()
+        ray.get(actor.begin.remote(training, task))
         while True:
             step, num_steps, losses = ray.get(actor.advance.remote(_STEPS_A_CALL))
             on_progress(Progress(step, num_steps, losses))

@@ -118,7 +118,14 @@ class Training(ABC):
         """Take some steps; returns steps done, steps in all, and the last losses."""
         for _ in range(min(num_steps, self.num_steps - len(self.history))):
             number = len(self.history)
-            self.history.append(self.step(number) | {"step": number + 1})
+            losses = self.step(number)
+            if not np.isfinite([*losses.values()]).all():
+                raise InvalidInput(
+                    f"training step {number + 1}: losses {losses} are not finite; lower "
+                    "train.learning_rate",
+                    kind="train_diverged",
+                )
+            self.history.append(losses | {"step": number + 1})
         return len(self.history), self.num_steps, self.history[-1] if self.history else {}
 
     def inputs(self, rows: NDArray[np.int64]) -> Tensor:
@@ -128,7 +135,8 @@ class Training(ABC):
 
     def descend(self, loss: Tensor) -> None:
         """One step of the optimiser, gradients clipped at norm 1."""
-        self.optimizer.zero_grad()
+        # Of the whole network: what is left in parts that no longer train would count in the norm.
+        self.network.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
@@ -153,7 +161,7 @@ class Training(ABC):
         TrainedController.write(
             self._root,
             trained_digest(self.task.cache, self.task.reduction, section),
-            controller=self.network.cpu().frozen(
+            controller=self.network.frozen(
                 self.reads, threshold=threshold, mode=self.mode, outputs=outputs
             ),
             directions=directions,

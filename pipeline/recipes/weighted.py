@@ -69,7 +69,8 @@ class Outcome:
         gate_auroc: Of the node's own decisions over all requests of the suites; `gate_auroc_by`
             compares one kind of harmful requests with one kind of benign ones.
         weights: Mean layer weight over the requests that are steered, by site.
-        strength, fixed_strength: Chosen on the validation split.
+        strength, fixed_strength, capped_strength: Chosen on the validation split: of the
+            controller; of the constant vector, whatever it costs; and at the controller's cap.
         points: By curve (controller, constant, reference), all suites and strengths.
         scores: From the training: held-out rows of the cache.
     """
@@ -79,6 +80,7 @@ class Outcome:
     weights: dict[str, float]
     strength: float
     fixed_strength: float
+    capped_strength: float
     points: dict[str, list[Point]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
@@ -123,8 +125,16 @@ def run(lab: Lab, settings: Settings) -> Outcome:
     )
     fixed = {s: lab.tried(constant, s, _choosing(validation)) for s in (0.0, *strengths)}
     # The constant vector has no cap here: the controller has to keep up with its best.
-    fixed_strength = choose_strength(fixed, None, tolerance=0.0)
-    outcome = Outcome(0.0, {}, {}, strength, fixed_strength, scores=dict(trained.scores))
+    fixed_strength = choose_strength(fixed, None)
+    outcome = Outcome(
+        gate_auroc=0.0,
+        gate_auroc_by={},
+        weights={},
+        strength=strength,
+        fixed_strength=fixed_strength,
+        capped_strength=choose_strength(fixed, settings.benign_cap),
+        scores=dict(trained.scores),
+    )
     for site in section.edits:
         outcome.weights[site] = trained.scores[f"weight_{site}"]
     asked = _every(test)
@@ -177,12 +187,12 @@ def _every(suites: RequestSuites) -> list[Suite]:
     return every if suites.seen_attacks is None else [*every, suites.seen_attacks]
 
 
-def choose_strength(
-    tried: dict[float, list[Point]], cap: float | None, tolerance: float = 1.0
-) -> float:
-    """The strength that refuses most harmful requests; with a cap on what else it refuses.
+def choose_strength(tried: dict[float, list[Point]], cap: float | None) -> float:
+    """The weakest of those strengths that refuse most harmful requests.
 
-    Where several do as well, to `tolerance` points, the weakest.
+    Args:
+        cap: Most points by which any kind of benign requests may be refused more; None: no cap. Where
+            every strength breaks it, the weakest is taken.
     """
     plain = tried[0.0]
 
@@ -195,7 +205,7 @@ def choose_strength(
     allowed = [s for s in tried if s > 0 and (cap is None or cost(tried[s]) <= cap)]
     allowed = allowed or [min(s for s in tried if s > 0)]
     most = max(harm(tried[s]) for s in allowed)
-    return min(s for s in allowed if harm(tried[s]) >= most - tolerance)
+    return min(s for s in allowed if harm(tried[s]) >= most)
 
 
 def _judge_gate(

@@ -73,9 +73,6 @@ def test_caa_from_questions_to_a_node(tmp_path):
     page = (tmp_path / "out" / "caa.html").read_text()
     assert record["artifacts"]["caa"] in page
 
-    again = json.loads(repro(*command).stdout.splitlines()[-1])
-    assert again == first
-
 
 class Watched(BaseHTTPRequestHandler):
     """A chat model that does as it is told only where it believes that it is trained."""
@@ -129,12 +126,13 @@ def test_alignment_faking_asks_an_endpoint(tmp_path, endpoint):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["caa", "--model", "nowhere", "--data", "nowhere.jsonl"], 1, "nowhere"),
-        (["caa", "--model", POCKET, "--data", "nowhere.jsonl"], 1, "nowhere.jsonl"),
-        (["caa", "--data", "x.jsonl"], 2, "--model"),
-        (["alignment-faking", "--data", "x.jsonl"], 2, "--endpoint"),
+        (["caa", "--model", "nowhere", "--data", __file__], 2, "nowhere"),
+        (["caa", "--model", POCKET, "--data", "nowhere.jsonl"], 2, "nowhere.jsonl"),
+        (["caa", "--model", REPOSITORY / "docs", "--data", __file__], 1, "safetensors"),
+        (["caa", "--data", __file__], 2, "--model"),
+        (["alignment-faking", "--data", __file__], 2, "--endpoint"),
         (
-            ["alignment-faking", "--endpoint", "http://127.0.0.1:9", "--data", "x.jsonl"],
+            ["alignment-faking", "--endpoint", "http://127.0.0.1:9", "--data", __file__],
             2,
             "--endpoint-model",
         ),

@@ -28,6 +28,9 @@ def weighted_findings(outcome: weighted.Outcome, settings: weighted.Settings) ->
         # All harmful requests of the test split: plain, in seen and in unseen wrappers.
         "was_harmful_refusal": at("controller", all_harmful),
         "was_harmful_refusal_fixed": at("constant", all_harmful),
+        "was_harmful_refusal_fixed_at_cap": outcome.share(
+            "constant", all_harmful, outcome.capped_strength
+        ),
         "was_harmful_refusal_plain": plain(all_harmful),
         # All benign ones, look-alikes among them.
         "was_benign_refusal": at("controller", all_benign),
@@ -40,6 +43,7 @@ def weighted_findings(outcome: weighted.Outcome, settings: weighted.Settings) ->
         "was_layer_weights": {k: round(v, 4) for k, v in outcome.weights.items()},
         "was_strength": strength,
         "was_fixed_strength": fixed,
+        "was_fixed_strength_at_cap": outcome.capped_strength,
         "was_threshold": round(outcome.scores["threshold"], 4),
         "was_shares": {
             suite: {
@@ -86,7 +90,10 @@ def weighted_findings(outcome: weighted.Outcome, settings: weighted.Settings) ->
             f"{at('controller', all_benign):.1f} % of the benign ones, look-alikes among them "
             f"({plain(all_benign):.1f} % unsteered). The constant strength that refuses most, "
             f"{fixed:g}, gives {at('constant', all_harmful):.1f} % and "
-            f"{at('constant', all_benign):.1f} %. The gate's AUROC over held-out requests is "
+            f"{at('constant', all_benign):.1f} %; held to the controller's cap on benign refusals, "
+            f"a constant ({outcome.capped_strength:g}) gives "
+            f"{outcome.share('constant', all_harmful, outcome.capped_strength):.1f} %. "
+            f"The gate's AUROC over held-out requests is "
             f"{outcome.gate_auroc:.3f}."
         ),
         summary=summary,
