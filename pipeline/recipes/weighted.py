@@ -191,8 +191,8 @@ def choose_strength(tried: dict[float, list[Point]], cap: float | None) -> float
     """The weakest of those strengths that refuse most harmful requests.
 
     Args:
-        cap: Most points by which any kind of benign requests may be refused more; None: no cap. Where
-            every strength breaks it, the weakest is taken.
+        cap: Most points by which any kind of benign requests may be refused more; None: no cap.
+            Where every strength breaks it, the weakest is taken.
     """
     plain = tried[0.0]
 
