@@ -242,6 +242,16 @@ class RunFile(_Section):
     train: TrainSection | None = None
     """With it, `steerage train` makes a controller, and `steerage publish` publishes that."""
 
+    @model_validator(mode="after")
+    def _controller_is_published_as_trained(self) -> RunFile:
+        named = self.publish.model_fields_set - {"min_strength", "max_strength"}
+        if self.train is not None and named:
+            raise ValueError(
+                f"publish.{', publish.'.join(sorted(named))}: a controller is published with the "
+                "sites and positions that it was trained with; leave it out"
+            )
+        return self
+
 
 def load_run_file(path: Path) -> RunFile:
     """Read a run file; paths in it are taken from its folder.

@@ -20,7 +20,7 @@ from pipeline.extraction.models import ModelInfo
 from steering_service.core.artifact import Artifact, ModelReference, Policy, build
 from steering_service.core.controller import TENSORS, Controller
 from steering_service.core.direction import Direction
-from steering_service.core.intervention import Intervention
+from steering_service.core.intervention import Intervention, Positions
 from steering_service.core.site import Site
 from store.digest import canonical_json, sha256_hex
 from store.location import Location
@@ -159,13 +159,14 @@ class TrainedController:
         """The artifact of the controller and its directions.
 
         Args:
-            section: Positions and the strength limits that nodes enforce. Sites, operation and
-                strength unit are those that it was trained with.
+            section: The strength limits that nodes enforce. All else is as it was trained.
             name: For people.
             model: The model that it was trained for.
         """
+        # The reference edits the last position of every pass, and decides there each time.
+        positions: Positions = "generated" if self.controller.mode == "gated" else "last"
         return build(
-            [Intervention(item, positions=section.positions) for item in self.directions],
+            [Intervention(item, positions=positions) for item in self.directions],
             name=name,
             model=ModelReference(name=model.name, fingerprint=model.fingerprint),
             policy=Policy(min_strength=section.min_strength, max_strength=section.max_strength),

@@ -11,6 +11,7 @@ units, which compare neither across models nor across layers).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -30,6 +31,7 @@ from steering_service.core.site import Site
 STRENGTHS: Final = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7)
 """Shares of the activation norm."""
 _SAME: Final = 0.99
+_SLUG: Final = re.compile(r"[^a-z0-9.]+")
 _SHORTLIST: Final = 8
 _SLACK: Final = 4.0
 """Points past the caps that the short search forgives: its suites are small."""
@@ -44,7 +46,8 @@ class Settings:
     """What is searched, and the caps.
 
     Attributes:
-        keep: Share of the entries that a sparse direction keeps.
+        keep: Share of the entries that a sparse direction keeps; `other_keeps` are measured beside
+            it, at the same norm, and so is the dense direction.
         benign_cap: Most points that look-alike benign requests may be refused more.
         skill_cap: Most points that the unrelated skill may lose.
         searched: Requests of each suite in the short search; what is best there is measured again
@@ -54,6 +57,7 @@ class Settings:
 
     files: RequestFiles
     keep: float = 0.05
+    other_keeps: Sequence[float] = (0.01, 0.25)
     benign_cap: float = 5.0
     skill_cap: float = 2.0
     strengths: Sequence[float] = STRENGTHS
@@ -285,11 +289,10 @@ def _measure(lab: Lab, settings: Settings, reduction: Reduction, outcome: Outcom
         "sparse": shape,
         "dense": replace(shape, keep=1.0),
         "sparse, own norm": replace(shape, match_norm=False),
+        **{f"keep {keep:g}": replace(shape, keep=keep) for keep in settings.other_keeps},
     }
     for name, curve in curves.items():
-        artifact = _artifact(
-            lab, f"antidote-{name.replace(', ', '-').replace(' ', '-')}", reduction, curve, settings
-        )
+        artifact = _artifact(lab, f"antidote-{_SLUG.sub('-', name)}", reduction, curve, settings)
         outcome.digests[name] = artifact.digest
         with lab.delivered(artifact) as delivered:
             delivered.check_zero(suites.attacks.prompts[:4])

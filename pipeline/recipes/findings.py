@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import rich.table
 from rich.console import Console
 from rich.markup import escape
@@ -38,6 +41,7 @@ class Findings:
         tables: For people.
         figures: For the page.
         artifacts: Digests that were delivered, by name.
+        completions: Every answer with what it was judged, a mapping of columns each.
     """
 
     title: str
@@ -46,10 +50,15 @@ class Findings:
     tables: Sequence[Table] = ()
     figures: Sequence[Drawing] = ()
     artifacts: Mapping[str, str] = field(default_factory=dict)
+    completions: Sequence[Mapping[str, Any]] = ()
 
 
 def write_findings(found: Findings, name: str, out: Path) -> Path:
-    """Write OUT/NAME.json and OUT/NAME.html; returns the page's path."""
+    """Write OUT/NAME.json, OUT/NAME.html and OUT/NAME.parquet, if there are completions.
+
+    Returns:
+        The page's path.
+    """
     out.mkdir(parents=True, exist_ok=True)
     made_with = environment()
     record = {
@@ -59,6 +68,11 @@ def write_findings(found: Findings, name: str, out: Path) -> Path:
         "environment": made_with,
     }
     write_whole(out / f"{name}.json", json.dumps(record, indent=1, sort_keys=True).encode())
+    if found.completions:
+        sink = io.BytesIO()
+        table = pa.Table.from_pylist([dict(row) for row in found.completions])
+        pq.write_table(table, sink, compression="zstd")
+        write_whole(out / f"{name}.parquet", sink.getvalue())
     page = render_page(
         "findings.html.j2",
         title=found.title,

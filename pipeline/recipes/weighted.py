@@ -263,7 +263,7 @@ def _reference(
     limit = max(REFERENCE_STRENGTHS)
     artifact = trained.artifact(
         # Its scale is a raw logit, which may be of either sign and larger than 1.
-        PublishSection(positions="last", min_strength=-100 * limit, max_strength=100 * limit),
+        PublishSection(min_strength=-100 * limit, max_strength=100 * limit),
         name="weighted-reference",
         model=planned.model,
     )

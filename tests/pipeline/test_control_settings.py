@@ -56,3 +56,12 @@ def test_a_setting_out_of_range_is_named(tmp_path: Path, setting: str) -> None:
     path = write_run(tmp_path, "\n".join([*kept, setting]))
     with pytest.raises(InvalidInput, match=rf"train\.{name}"):
         load_run_file(path)
+
+
+def test_what_a_controller_would_ignore_is_refused(tmp_path: Path) -> None:
+    for line in ('sites = ["resid_post.1"]', 'positions = "all"', "keep_fraction = 0.05"):
+        path = write_run(tmp_path, f"{SECTION}[publish]\n{line}\n")
+        name = line.split()[0]
+        with pytest.raises(InvalidInput, match=rf"publish\.{name}: a controller is published"):
+            load_run_file(path)
+    load_run_file(write_run(tmp_path, f"{SECTION}[publish]\nmax_strength = 0.5\n"))

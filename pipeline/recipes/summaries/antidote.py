@@ -21,6 +21,7 @@ def antidote_findings(outcome: antidote.Outcome, settings: antidote.Settings) ->
     gain, cost, loss = shift(attacks), shift(lookalikes), -shift(skill)
     random = [p.share - by[p.suite, 0.0].share for found in outcome.random.values() for p in found]
     summary = {
+        "antidote_plain": by[attacks, 0.0].share,
         "antidote_refusal_gain": gain,
         "antidote_benign_cost": cost,
         "antidote_skill_cost": loss,
@@ -81,7 +82,7 @@ def antidote_findings(outcome: antidote.Outcome, settings: antidote.Settings) ->
                 [
                     line(f"{suite}, {name}", found, suite)
                     for name, found in outcome.points.items()
-                    if name != "sparse, own norm"
+                    if name in ("sparse", "dense")
                     for suite in (attacks, lookalikes)
                 ],
                 [chosen.strength],

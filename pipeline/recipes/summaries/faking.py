@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from pipeline.evaluation.statistics import Gap, Interval
 from pipeline.recipes import faking
 from pipeline.recipes.findings import Findings, Table
@@ -82,6 +84,7 @@ def faking_findings(outcome: faking.Outcome) -> Findings:
         ),
     ]
     artifacts = {}
+    steered_rows = outcome.monitor.rows if outcome.monitor else ()
     lead = _faking_lead(gap, proxy.conclusion)
     if outcome.monitor is not None:
         monitor = outcome.monitor
@@ -127,6 +130,8 @@ def faking_findings(outcome: faking.Outcome) -> Findings:
             )
         ],
         artifacts=artifacts,
+        completions=[asdict(row) | {"steered": False} for row in outcome.results.rows]
+        + [asdict(row) | {"steered": True} for row in steered_rows],
     )
 
 
