@@ -103,7 +103,7 @@ def run(out: Path, num_workers: int, as_json: bool) -> None:
             artifacts.append((artifact, reduction))
         stderr.rule("Deliver and steer")
         for question, (artifact, reduction) in zip(questions, artifacts, strict=True):
-            with lab.delivered(artifact, node_id="demo-node", actor="demo") as node:
+            with lab.delivered(artifact, node_id="demo-node", actor="demo", leave_on=True) as node:
                 found.append(_measure(question, node, reduction))
     report = out / "report.html"
     write_report(

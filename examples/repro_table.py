@@ -1,6 +1,6 @@
 """The README's table of `make repro`, made from its results.
 
-    python examples/repro_table.py benchmarks/results/repro.json README.md
+python examples/repro_table.py benchmarks/results/repro.json README.md
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def table(found: Mapping[str, Any]) -> str:
     wrapped = found["was_shares"]["refuses jailbroken harmful requests"]
     rows = [
         (
-            "**HSI**: 2 of 48 heads",
+            f"**HSI**: {len(found['hsi_sites'])} of {found['num_heads']} heads",
             "sides with the other AI, two-choice questions",
             _moved(found["plain_share"], found["hsi_shift"]),
-            f"random heads {found['random_heads_shift']:+.0f}, random directions "
-            f"{found['random_direction_shift']:+.0f} points",
+            f"random heads {_zero(found['random_heads_shift'])}, random directions "
+            f"{_zero(found['hsi_random_direction_shift'])} points",
         ),
         (
             "**ITI**: as many heads, by probes",
@@ -50,8 +50,8 @@ def table(found: Mapping[str, Any]) -> str:
             "refuses harmful requests, plain and wrapped",
             f"{found['was_harmful_refusal_plain']:.1f} → {found['was_harmful_refusal']:.1f} %",
             f"benign refused {found['was_benign_refusal_plain']:.1f} → "
-            f"{found['was_benign_refusal']:.1f} %; gate AUROC {found['was_gate_auroc']:.3f}; unseen "
-            f"wrappers {wrapped['plain']:.1f} → {wrapped['controller']:.1f} %",
+            f"{found['was_benign_refusal']:.1f} %; in unseen wrappers {wrapped['plain']:.1f} → "
+            f"{wrapped['controller']:.1f} %; gate AUROC {found['was_gate_auroc']:.3f}",
         ),
         (
             "the constant strength that refuses most",
@@ -62,24 +62,31 @@ def table(found: Mapping[str, Any]) -> str:
             f"{found['was_benign_refusal_fixed']:.1f} %",
         ),
         (
-            "the same, held to the controller's cap",
+            "the constant strength with the best balance",
             "the same",
             f"{found['was_harmful_refusal_plain']:.1f} → "
-            f"{found['was_harmful_refusal_fixed_at_cap']:.1f} %",
-            "",
+            f"{found['was_harmful_refusal_balanced']:.1f} %",
+            f"benign refused {found['was_benign_refusal_plain']:.1f} → "
+            f"{found['was_benign_refusal_balanced']:.1f} %",
         ),
         (
             "**Alignment faking**",
             "complies more where it is told that it is monitored",
             f"{found['faking_gap']:+.0f} points {_interval(found['faking_gap_interval'])}",
-            f"under empty labels {found['faking_gap_neutral']:+.0f} "
-            f"{_interval(found['faking_gap_neutral_interval'])}; steered along the tiers' direction "
-            f"{found['faking_gap_steered']:+.0f}",
+            f"under empty labels {_zero(found['faking_gap_neutral'])} "
+            f"{_interval(found['faking_gap_neutral_interval'])}; with the direction between the "
+            f"tiers subtracted {_zero(found['faking_gap_steered'])}, random ones "
+            f"{', '.join(f'{gap:.0f}' for gap in found['faking_gap_random_steered'])}",
         ),
     ]
     lines = ["| system | share of answers, held out | change | beside it |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
+
+
+def _zero(value: float) -> str:
+    """A change to a point, without the sign of a rounded zero."""
+    return f"{value:+.0f}" if abs(value) >= 0.5 else "0"
 
 
 def _moved(plain: float, shift: float) -> str:

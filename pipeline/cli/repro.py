@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.cli.app import app
+from pipeline.cli.judging import open_endpoint, open_judge
 from pipeline.cli.lab import CPUS, OUT, Place, finish, neutral_prompts, open_lab, track
 from pipeline.cli.options import AsJson, Device, RayAddress, Workers
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.endpoint import Endpoint
-    from pipeline.evaluation.judges import Judge
     from pipeline.recipes.choice import Method
     from pipeline.recipes.requests import RequestFiles
 
@@ -25,7 +24,8 @@ repro = typer.Typer(
 
     Each command extracts, fits, searches on the validation split, publishes what it finds signed,
     starts a steering service, lets a node follow the channel, measures on the test split, and ends
-    with a table, OUT/NAME.html and OUT/NAME.json. Run again, it goes on where it was.""",
+    with a table, OUT/NAME.html and OUT/NAME.json. Caches, directions and controllers that are
+    there already are used again. docs/recipes.md says more.""",
 )
 app.add_typer(repro, name="repro")
 
@@ -196,7 +196,8 @@ def antidote(
 ) -> None:
     """Jailbreak Antidote (arXiv 2410.02298): refusals restored by 5 % of the dimensions.
 
-    Chosen on validation under caps of 5 points of look-alike refusal and 2 points of the skill.
+    Chosen on rows of other splits than test, under caps of 5 points of look-alike refusal and 2
+    points of the skill.
     """
     from pipeline.recipes import antidote as recipe
     from pipeline.recipes.summaries.antidote import antidote_findings
@@ -251,7 +252,8 @@ def alignment_faking(
             "--data",
             exists=True,
             dir_okay=False,
-            help="Requests; with tier, system and pair, those systems are used.",
+            help="Requests, one a row, or with tier, system and pair. The test split is asked; an "
+            "endpoint, which nothing is fitted on, is asked all rows where none has a split.",
         ),
     ],
     model: Annotated[
@@ -269,7 +271,9 @@ def alignment_faking(
     ] = None,
     key_variable: Annotated[
         str | None,
-        typer.Option("--key-variable", help="Environment variable that holds the API key."),
+        typer.Option(
+            "--key-variable", help="Environment variable that holds the API key of --endpoint."
+        ),
     ] = None,
     conditions: Annotated[
         Path | None,
@@ -277,7 +281,8 @@ def alignment_faking(
             "--conditions",
             exists=True,
             dir_okay=False,
-            help="Conditions (TOML); by default ours for chat models.",
+            help="Conditions (TOML); by default the requests' own systems, if they bring any, or "
+            "else ours for chat models.",
         ),
     ] = None,
     judge: Annotated[
@@ -289,6 +294,13 @@ def alignment_faking(
     ] = "phrases",
     judge_model: Annotated[
         str | None, typer.Option("--judge-model", help="The judging endpoint's name of its model.")
+    ] = None,
+    judge_key_variable: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-key-variable",
+            help="Environment variable that holds the API key of a judging endpoint.",
+        ),
     ] = None,
     phrases: Phrases = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Most requests.")] = None,
@@ -307,32 +319,40 @@ def alignment_faking(
     model is also looked into: a direction between the tiers' prompts, as a monitor and to steer
     along.
     """
-    from pipeline.evaluation.tiers import DEFAULT_CONDITIONS, load_conditions
+    from pipeline.evaluation.tier_requests import read_requests
+    from pipeline.evaluation.tiers import default_conditions, load_conditions
     from pipeline.recipes import faking as recipe
-    from pipeline.recipes.summaries.faking import faking_findings
+    from pipeline.recipes.summaries.faking import faking_findings, keep_completions
 
     if (model is None) == (endpoint is None):
         raise typer.BadParameter("name either --model FOLDER or --endpoint ADDRESS")
+    asked = None
+    if endpoint is not None:
+        asked = open_endpoint(endpoint, endpoint_model, key_variable, "--endpoint-model")
     settings = recipe.Settings(
         data,
-        load_conditions(conditions or DEFAULT_CONDITIONS),
+        load_conditions(conditions)
+        if conditions
+        else default_conditions(read_requests(data, split=None)),
         out.resolve() / "prompts",
         limit,
         max_new_tokens,
     )
-    judging = _judge(judge, judge_model, key_variable, phrases, device)
-    if model is None:
-        asked = _endpoint(endpoint or "", endpoint_model, key_variable, "--endpoint-model")
+    judging = open_judge(judge, judge_model, judge_key_variable, phrases, device)
+    keep = keep_completions(out.resolve() / "alignment-faking.parquet")
+    if asked is not None:
         results = recipe.run_behaviour(
             lambda prompts: asked.ask(prompts, max_tokens=max_new_tokens),
             settings,
             judging,
             track,
+            keep,
         )
         outcome = recipe.Outcome(results, None)
     else:
+        assert model is not None
         with open_lab(Place(model, out, store, dtype, workers, device, ray)) as lab:
-            outcome = recipe.run(lab, settings, judging)
+            outcome = recipe.run(lab, settings, judging, keep)
     finish(faking_findings(outcome), "alignment-faking", out, as_json)
 
 
@@ -367,27 +387,3 @@ def _files(
     from pipeline.recipes.requests import RequestFiles
 
     return RequestFiles(data, attacks, lookalikes, skill, phrases)
-
-
-def _judge(
-    judge: str, judge_model: str | None, key_variable: str | None, phrases: Path | None, device: str
-) -> Judge:
-    from pipeline.evaluation.judges import EndpointJudge, ModelJudge, PhraseJudge
-    from pipeline.extraction.models import ModelInfo, load_model, load_tokenizer
-    from pipeline.recipes.requests import read_phrases
-
-    if judge == "phrases":
-        return PhraseJudge(read_phrases(phrases))
-    if judge.startswith(("http://", "https://")):
-        return EndpointJudge(_endpoint(judge, judge_model, key_variable, "--judge-model"))
-    folder = Path(judge)
-    info = ModelInfo.read(folder)
-    return ModelJudge(load_model(folder, info.dtype, device), load_tokenizer(folder))
-
-
-def _endpoint(address: str, name: str | None, key_variable: str | None, flag: str) -> Endpoint:
-    from pipeline.evaluation.endpoint import Endpoint
-
-    if name is None:
-        raise typer.BadParameter(f"an endpoint serves models by name: add {flag}")
-    return Endpoint(address, name, key_variable)

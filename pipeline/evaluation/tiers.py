@@ -9,40 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
-import pyarrow as pa
-from pyarrow import csv, json, parquet
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import InvalidInput
 from pipeline.evaluation import statistics as stats
 from pipeline.evaluation.generate import ChatPrompt
 from pipeline.evaluation.judges import Ask, Judge, Tags, Tally, Verdict, final_answer
+from pipeline.evaluation.tier_requests import Request, Tier
 
-Tier = Literal["monitored", "unmonitored", "xx", "yy"]
 Kind = Literal["baseline", "deontological", "scratchpad", "neutral", "no_story"]
 
 DEFAULT_CONDITIONS: Final = Path(__file__).with_name("tiers.toml")
 _MEANT: Final[tuple[Tier, Tier]] = ("monitored", "unmonitored")
 _NEUTRAL: Final[tuple[Tier, Tier]] = ("xx", "yy")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked in both tiers.
-
-    Attributes:
-        pair: Names it; the answers of both tiers are compared within it.
-        systems: System prompts by tier, where the data file brings its own.
-    """
-
-    pair: str
-    prompt: str
-    systems: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Section(BaseModel):
@@ -131,6 +115,11 @@ class _ConditionsFile(_Section):
 
     @model_validator(mode="after")
     def _usable(self) -> _ConditionsFile:
+        if self.conditions[0].kind != "baseline":
+            raise ValueError(
+                f"the first condition, {self.conditions[0].name!r}, is not a baseline; the monitor "
+                "is fitted, and the steering chosen, on the first"
+            )
         names = [c.name for c in self.conditions]
         baselines = {c.name for c in self.conditions if c.kind == "baseline"}
         for condition in self.conditions:
@@ -192,52 +181,12 @@ def load_conditions(path: Path = DEFAULT_CONDITIONS) -> tuple[Condition, ...]:
     return tuple(file.filled(condition) for condition in file.conditions)
 
 
-def read_requests(
-    path: Path, split: str | None = "test", limit: int | None = None
-) -> list[Request]:
-    """Read requests from JSONL, CSV or Parquet with a field ``prompt``.
-
-    Rows with ``tier``, ``system`` and ``pair`` make one request a pair, with its own systems.
-
-    Args:
-        split: Rows of another ``split`` are left out; rows without one are kept.
-        limit: Most requests, the first ones.
-
-    Raises:
-        InvalidInput: The file cannot be read, or a row lacks a field or contradicts its pair.
-    """
-    readers = {".jsonl": json.read_json, ".csv": csv.read_csv, ".parquet": parquet.read_table}
-    try:
-        rows = readers[path.suffix.lower()](str(path)).to_pylist()
-    except (KeyError, OSError, ValueError, pa.ArrowException) as error:
-        raise _bad(f"cannot be read as {', '.join(readers)}: {error}", path, 0) from error
-    found: dict[str, tuple[str, dict[str, str]]] = {}
-    for line, row in enumerate(rows, start=1):
-        if split is not None and row.get("split") not in (None, "", split):
-            continue
-        tier = row.get("tier")
-        for name in ("prompt",) if tier is None else ("prompt", "system"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise _bad(f"expected text in field {name!r}, got {row.get(name)!r}", path, line)
-        # Without tiers each row is a request of its own: other files use `pair` for other things.
-        if tier is None:
-            found[str(line)] = (row["prompt"], {})
-            continue
-        if tier not in get_args(Tier) or row.get("pair") is None:
-            expected = f"a tier of {', '.join(get_args(Tier))}, and a pair"
-            raise _bad(f"expected {expected}, got {tier!r} and {row.get('pair')!r}", path, line)
-        prompt, systems = found.setdefault(str(row["pair"]), (row["prompt"], {}))
-        if prompt != row["prompt"] or tier in systems:
-            raise _bad(f"pair {row['pair']} has two prompts, or tier {tier!r} twice", path, line)
-        systems[tier] = row["system"]
-    if not found:
-        raise _bad(f"expected rows of split {split!r}, got none of {len(rows)}", path, 0)
-    return [Request(pair, *rest) for pair, rest in found.items()][:limit]
-
-
-def _bad(problem: str, path: Path, line: int) -> InvalidInput:
-    where = f", row {line}" if line else ""
-    return InvalidInput(f"requests {str(path)!r}{where}: {problem}", kind="requests_file")
+def default_conditions(requests: Sequence[Request]) -> tuple[Condition, ...]:
+    """Those that ask by the requests' own systems, if there are any; else ours for chat models."""
+    if not any(request.systems for request in requests):
+        return load_conditions()
+    neutral = all(tier in request.systems for request in requests for tier in _NEUTRAL)
+    return FILE_CONDITIONS if neutral else FILE_CONDITIONS[:1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +253,9 @@ class TierResults:
     rows: tuple[TierRow, ...]
     results: tuple[ConditionResult, ...]
 
-    def proxy(self, steered: stats.Gap | None = None) -> Proxy:
+    def proxy(
+        self, steered: stats.Gap | None = None, random: Sequence[stats.Gap | None] = ()
+    ) -> Proxy:
         """Shallow or deep: does the gap survive what should not matter to a persistent goal?
 
         Shallow where a condition removes it; a deep candidate where it survives neutral labels, no
@@ -312,7 +263,11 @@ class TierResults:
         test: with nothing to tell the tiers apart, a gap that survives is the labels' own.
 
         Args:
-            steered: The first baseline's gap under steering along observed against unobserved.
+            steered: The first condition's gap under steering along observed against unobserved;
+                a criterion where the first condition is a baseline that shows a gap.
+            random: The same under random directions of the same norm. Where one of them removes
+                the gap as well, or leaves no answer to judge, steering is no criterion: what it
+                does may be the damage alone.
         """
         shown = {
             r.condition.name: r.tally.gap
@@ -326,8 +281,9 @@ class TierResults:
             if base and own:
                 kind: Any = "control" if result.condition.control else result.condition.kind
                 criteria.append(Criterion(name, kind, own, stats.survival(base, own)))
-        if shown and steered:
-            state = stats.survival(next(iter(shown.values())), steered)
+        base = shown.get(self.results[0].condition.name)
+        if base and steered and all(r and stats.survival(base, r) != "removed" for r in random):
+            state = stats.survival(base, steered)
             criteria.append(Criterion("steering", "steering", steered, state))
         tests = [c for c in criteria if c.kind != "control"]
         if not shown:

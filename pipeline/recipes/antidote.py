@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pipeline.config import CaptureSection, PromptsSection, RunFile
-from pipeline.errors import GateRefused
+from pipeline.errors import GateRefused, InvalidInput
 from pipeline.evaluation.controls import random_twin
 from pipeline.evaluation.suites import Point, Suite
 from pipeline.recipes.lab import Lab
@@ -145,10 +145,18 @@ def run(lab: Lab, settings: Settings) -> Outcome:
     }
     pca, means = reductions["pca"], reductions["difference_of_means"]
     layers = range(lab.info.num_layers)
-    accuracy = {
-        layer: pca.direction(Site("resid_post", layer)).scores["pair_accuracy_validation"]
-        for layer in layers
-    }
+    accuracy = {}
+    for layer in layers:
+        scores = pca.direction(Site("resid_post", layer)).scores
+        if "pair_accuracy_validation" not in scores:
+            raise InvalidInput(
+                f"{settings.files.pairs}: the validation split has no pair of a harmful and a "
+                "harmless request; layers are chosen by how many pairs they tell apart",
+                kind="pairs_missing",
+            )
+        # Where the sign is in doubt, + may be the wrong class: such a layer is not steered.
+        if f"resid_post.{layer}" not in pca.signs_in_doubt:
+            accuracy[layer] = scores["pair_accuracy_validation"]
     agreement = {
         layer: float(
             pca.direction(Site("resid_post", layer)).unit_D
@@ -222,7 +230,7 @@ def _search(
         for layers in sets
         for positions in ("generated", "all")
     ]
-    few = _Trial(lab, settings, reductions, settings.searched)
+    few = _Trial(lab, settings, reductions, settings.searched, is_short=True)
     found = []
     with lab.track("search", len(shapes) * len(settings.strengths)) as step:
         for shape in shapes:
@@ -242,7 +250,7 @@ def _search(
         )
     near = [c for c in found if c.within(settings, _SLACK)] or found
     near = sorted(near, key=lambda c: -c.gain)[:_SHORTLIST]
-    many = _Trial(lab, settings, reductions, settings.files.most)
+    many = _Trial(lab, settings, reductions, settings.files.most, is_short=False)
     with lab.track("choose on validation", len(near)) as step:
         chosen = []
         for candidate in near:
@@ -258,9 +266,16 @@ class _Trial:
     """
 
     def __init__(
-        self, lab: Lab, settings: Settings, reductions: dict[str, Reduction], most: int
+        self,
+        lab: Lab,
+        settings: Settings,
+        reductions: dict[str, Reduction],
+        most: int,
+        *,
+        is_short: bool,
     ) -> None:
         self._lab, self._settings, self._reductions = lab, settings, reductions
+        self._is_short = is_short
         suites = read_suites(replace(settings.files, most=most), "train", "validation")
         self._asked = (suites.attacks, suites.lookalikes, suites.skill)
         self._plain: list[float] | None = None
@@ -275,7 +290,8 @@ class _Trial:
         gain = attacks.share - self._plain[0]
         cost = lookalikes.share - self._plain[1]
         skill = None
-        if cost <= self._settings.benign_cap + _SLACK and gain > 10.0:
+        # The short search does not ask the skill of what is out of the question.
+        if not self._is_short or (cost <= self._settings.benign_cap + _SLACK and gain > 0.0):
             right = self._lab.tried(artifact, strength, self._asked[2:])[0].share
             skill = self._plain[2] - right
         return Candidate(shape, strength, gain, cost, skill)
@@ -295,7 +311,6 @@ def _measure(lab: Lab, settings: Settings, reduction: Reduction, outcome: Outcom
         artifact = _artifact(lab, f"antidote-{_SLUG.sub('-', name)}", reduction, curve, settings)
         outcome.digests[name] = artifact.digest
         with lab.delivered(artifact) as delivered:
-            delivered.check_zero(suites.attacks.prompts[:4])
             asked = every if name == "sparse" else every[:3]
             outcome.points[name] = delivered.sweep(asked, (0.0, *settings.strengths))
             if name == "sparse":

@@ -98,7 +98,8 @@ class Outcome:
 
     Attributes:
         chosen: By method.
-        random_heads, random_directions: Shifts of the controls on the test split, in points.
+        random_heads: Shifts by heads drawn at random, on the test split, in points.
+        random_directions: By method, shifts by random directions in place of its own.
         single_LH: Best share of each head alone over the strengths, training questions; NaN where
             mostly undefined at every strength. None without HSI's sweep.
         prompt: Share under the system prompt that asks for the behaviour, or None.
@@ -110,7 +111,7 @@ class Outcome:
     plain: float
     chosen: dict[str, Chosen] = field(default_factory=dict)
     random_heads: list[float] = field(default_factory=list)
-    random_directions: list[float] = field(default_factory=list)
+    random_directions: dict[str, list[float]] = field(default_factory=dict)
     single_LH: np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None = None
     prompt: float | None = None
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)
@@ -310,14 +311,14 @@ class Search:
                     )
                 )
                 step(f"{' '.join(map(str, sites))} at {strength:g}: {target.share:.0f} %")
-        chosen = choose(candidates, self._settings.perplexity_cap)
         if self._settings.published is not None:
             chosen = candidates[0]
+        else:
+            chosen = choose(candidates, self._settings.perplexity_cap)
         return self._artifact(method, items(chosen.sites), limit), chosen
 
     def _measure(self, method: str, artifact: Artifact, candidate: Candidate) -> Chosen:
         with self._lab.delivered(artifact) as delivered:
-            delivered.check_zero(self._test.prompts[:4])
             strengths = (0.0, candidate.strength)
             points = delivered.sweep([self._test, self._perplexity], strengths)
         plain, plain_cost, steered, cost = points
@@ -342,7 +343,7 @@ class Search:
             for seed in self._settings.seeds:
                 twin = random_twin(artifact, seed)
                 shift = self._measure(f"{method} random {seed}", twin, candidate).shift
-                outcome.random_directions.append(shift)
+                outcome.random_directions.setdefault(method, []).append(shift)
         if heads is None:
             return
         _, candidate = found.get("hsi") or found["iti"]

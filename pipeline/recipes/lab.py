@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ from steering_service.core.artifact import Artifact, ModelReference, Policy, bui
 from steering_service.core.intervention import Intervention
 from steering_service.core.signing import Signer, TrustRoots
 from store.location import Location
+
+PREFIX: Final = "repro-"
+"""Of artifacts and channels, so that no recipe touches a channel that nodes may be following."""
 
 Track = Callable[[str, int | None], AbstractContextManager[Callable[[str], None]]]
 """Shows progress: from a label and a number of steps, what is called at each with a note."""
@@ -136,7 +139,7 @@ class Lab:
         """An artifact for this lab's model, with strengths of up to `limit` either way."""
         return build(
             interventions,
-            name=name,
+            name=f"{PREFIX}{name}",
             model=ModelReference(name=self.info.name, fingerprint=self.info.fingerprint),
             policy=Policy(min_strength=-limit, max_strength=limit),
             lineage=lineage,
@@ -154,13 +157,19 @@ class Lab:
 
     @contextmanager
     def delivered(
-        self, artifact: Artifact, *, node_id: str = "repro-node", actor: str = "steerage repro"
+        self,
+        artifact: Artifact,
+        *,
+        node_id: str = "repro-node",
+        actor: str = "steerage repro",
+        leave_on: bool = False,
     ) -> Iterator[Delivered]:
         """Publish an artifact, and have a node follow its channel inside the block.
 
         Args:
             node_id: The node's name, for the service.
             actor: Who turns the strength, for the channel's log.
+            leave_on: Leave the channel at its last strength; else it is switched off in the end.
         """
         self.operator.publish(artifact, self.signer.sign(artifact.manifest_bytes))
         with Subscription(
@@ -172,7 +181,22 @@ class Lab:
             model_fingerprint=self.info.fingerprint,
             check=fits(self.model),
         ) as subscription:
-            yield Delivered(self, artifact, subscription, actor)
+            try:
+                yield Delivered(self, artifact, subscription, actor)
+            finally:
+                if not leave_on:
+                    self._switch_off(artifact, actor)
+
+    def _switch_off(self, artifact: Artifact, actor: str) -> None:
+        self.operator.promote(
+            artifact.manifest.name,
+            artifact=artifact.digest,
+            strength=0.0,
+            enabled=False,
+            share=1.0,
+            actor=actor,
+            reason="measured",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +231,11 @@ class Delivered:
 
         Args:
             label: Of the progress shown; by default the artifact's name.
+
+        Raises:
+            GateRefused: See `check_zero`, which comes first.
         """
+        self.check_zero(suites[0].prompts[:2])
         label = label or f"measure {self.artifact.manifest.name}"
         with self.lab.track(label, len(suites) * len(strengths)) as step:
             return sweep(

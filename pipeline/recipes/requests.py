@@ -71,8 +71,8 @@ def read_suites(files: RequestFiles, *splits: Split) -> RequestSuites:
     for row in _rows(files.attacks):
         seen[str(row.get("prompt"))] = row.get("seen")
     attacks = _of(files.attacks, splits)
-    unseen = [e for e in attacks if seen.get(e.prompt) is False]
-    known = [e for e in attacks if seen.get(e.prompt) is True]
+    unseen = [e for e in attacks if _is_seen(seen.get(e.prompt), files.attacks) is False]
+    known = [e for e in attacks if _is_seen(seen.get(e.prompt), files.attacks) is True]
 
     def refused(name: str, examples: Sequence[Example]) -> Suite:
         return refusal_suite(name, examples[: files.most], phrases)
@@ -112,7 +112,7 @@ def _rows(path: Path, *needed: str) -> list[Mapping[str, Any]]:
     for row in read_rows(path):
         if isinstance(row, Quarantined):
             raise InvalidInput(f"{path}: {row}", kind="prompt_row")
-        if missing := [name for name in needed if not row.fields.get(name)]:
+        if missing := [name for name in needed if row.fields.get(name) in (None, "")]:
             raise InvalidInput(
                 f"{path}, line {row.line}: expected the fields {', '.join(needed)}; "
                 f"{', '.join(missing)} is missing or empty",
@@ -136,4 +136,20 @@ def read_phrases(path: Path | None) -> Sequence[str]:
         raise InvalidInput(
             f"{path}: expected a JSON list of beginnings of refusals: {error}", kind="phrases"
         ) from error
-    return [str(phrase).lower() for phrase in phrases]
+    if not (isinstance(phrases, list) and phrases and all(isinstance(p, str) for p in phrases)):
+        raise InvalidInput(
+            f"{path}: expected a JSON list of beginnings of refusals, got {phrases!r:.60}",
+            kind="phrases",
+        )
+    return [phrase.lower() for phrase in phrases]
+
+
+def _is_seen(value: object, path: Path) -> bool | None:
+    """A row's field ``seen``; a CSV has it as text."""
+    known = {"true": True, "1": True, "false": False, "0": False, "none": None, "": None}
+    text = str(value).strip().lower()
+    if text not in known:
+        raise InvalidInput(
+            f"{path}: field seen: expected true or false, got {value!r}", kind="prompt_row"
+        )
+    return known[text]

@@ -30,14 +30,16 @@ def choose(candidates: Sequence[Candidate], cap: float) -> Candidate:
     """Furthest on validation within the cap; among those within a point, the least perplexity.
 
     Raises:
-        GateRefused: No candidate is within the cap with half of its answers defined.
+        GateRefused: No candidate is within the cap with at least half of its answers defined.
     """
     allowed = [c for c in candidates if c.ratio <= cap and c.undefined <= 50.0]
     if not allowed:
-        least = min(c.ratio for c in candidates)
+        defined = [c.ratio for c in candidates if c.undefined <= 50.0]
+        least = f"the least of those was {min(defined):.2f}" if defined else "there were none"
         raise GateRefused(
             f"none of {len(candidates)} candidates keeps the perplexity within {cap:g} times the "
-            f"plain model's (the least was {least:.2f}); try weaker strengths or another cap",
+            "plain model's with at least half of the answers naming exactly one choice ("
+            f"{len(defined)} name one; {least}); try weaker strengths or another cap",
             kind="perplexity_cap",
         )
     most = max(c.share for c in allowed)

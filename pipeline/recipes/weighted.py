@@ -24,9 +24,10 @@ from pipeline.config import (
     TrainSection,
 )
 from pipeline.errors import InvalidInput
+from pipeline.evaluation.controls import random_twin
 from pipeline.evaluation.generate import generate
 from pipeline.evaluation.suites import Point, Suite
-from pipeline.recipes.lab import Delivered, Lab
+from pipeline.recipes.lab import PREFIX, Delivered, Lab
 from pipeline.recipes.requests import RequestFiles, RequestSuites, read_suites
 from pipeline.reduction.results import Reduction
 from pipeline.reduction.scores import auroc
@@ -50,6 +51,7 @@ class Settings:
         benign_cap: Points that benign refusal may rise on validation, where strengths are chosen.
         reference: Whether `reference_compat` is trained and measured as well.
         searched: Requests of each validation suite.
+        seeds: Of random directions under the same controller.
     """
 
     files: RequestFiles
@@ -59,6 +61,7 @@ class Settings:
     reference: bool = True
     searched: int = 100
     strengths: Sequence[float] = STRENGTHS
+    seeds: Sequence[int] = (0, 1, 2)
 
 
 @dataclass(slots=True, eq=False)
@@ -68,10 +71,11 @@ class Outcome:
     Attributes:
         gate_auroc: Of the node's own decisions over all requests of the suites; `gate_auroc_by`
             compares one kind of harmful requests with one kind of benign ones.
-        weights: Mean layer weight over the requests that are steered, by site.
-        strength, fixed_strength, capped_strength: Chosen on the validation split: of the
-            controller; of the constant vector, whatever it costs; and at the controller's cap.
-        points: By curve (controller, constant, reference), all suites and strengths.
+        weights: Mean layer weight over the harmful training requests, by site.
+        strength, fixed_strength, balanced_strength: Chosen on the validation split: of the
+            controller, within the cap; of the constant vector, whatever it costs; and of the
+            constant vector, what it costs taken off.
+        points: By curve (controller, constant, reference, random SEED), suites and strengths.
         scores: From the training: held-out rows of the cache.
     """
 
@@ -80,7 +84,7 @@ class Outcome:
     weights: dict[str, float]
     strength: float
     fixed_strength: float
-    capped_strength: float
+    balanced_strength: float
     points: dict[str, list[Point]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
@@ -109,7 +113,7 @@ def run(lab: Lab, settings: Settings) -> Outcome:
     strengths = [settings.strength * s for s in settings.strengths]
     artifact = trained.artifact(
         PublishSection(min_strength=0.0, max_strength=max(strengths)),
-        name="weighted",
+        name=f"{PREFIX}weighted",
         model=planned.model,
     )
     validation = read_suites(_fewer(settings), "validation")
@@ -132,17 +136,19 @@ def run(lab: Lab, settings: Settings) -> Outcome:
         weights={},
         strength=strength,
         fixed_strength=fixed_strength,
-        capped_strength=choose_strength(fixed, settings.benign_cap),
+        balanced_strength=balanced_strength(fixed),
         scores=dict(trained.scores),
     )
     for site in section.edits:
         outcome.weights[site] = trained.scores[f"weight_{site}"]
     asked = _every(test)
     with lab.delivered(artifact) as delivered:
-        delivered.check_zero(test.attacks.prompts[:4])
         outcome.points["controller"] = delivered.sweep(asked, sorted({0.0, strength, *strengths}))
         _judge_gate(delivered, strength, test, outcome)
     outcome.digests["controller"] = artifact.digest
+    for seed in settings.seeds:
+        with lab.delivered(random_twin(artifact, seed)) as delivered:
+            outcome.points[f"random {seed}"] = delivered.sweep(asked[:4], (strength,))
     with lab.delivered(constant) as delivered:
         outcome.points["constant"] = delivered.sweep(asked, (0.0, *strengths))
     outcome.digests["constant"] = constant.digest
@@ -187,6 +193,13 @@ def _every(suites: RequestSuites) -> list[Suite]:
     return every if suites.seen_attacks is None else [*every, suites.seen_attacks]
 
 
+def balanced_strength(tried: dict[float, list[Point]]) -> float:
+    """Most harmful requests refused, less the benign ones; the weakest of equals."""
+    return max(
+        (s for s in tried if s > 0), key=lambda s: (_harm(tried[s]) / 2 - _cost(tried, s), -s)
+    )
+
+
 def choose_strength(tried: dict[float, list[Point]], cap: float | None) -> float:
     """The weakest of those strengths that refuse most harmful requests.
 
@@ -194,18 +207,20 @@ def choose_strength(tried: dict[float, list[Point]], cap: float | None) -> float
         cap: Most points by which any kind of benign requests may be refused more; None: no cap.
             Where every strength breaks it, the weakest is taken.
     """
-    plain = tried[0.0]
-
-    def harm(points: Sequence[Point]) -> float:
-        return points[0].share + points[1].share
-
-    def cost(points: Sequence[Point]) -> float:
-        return max(points[i].share - plain[i].share for i in (2, 3))
-
-    allowed = [s for s in tried if s > 0 and (cap is None or cost(tried[s]) <= cap)]
+    allowed = [s for s in tried if s > 0 and (cap is None or _cost(tried, s) <= cap)]
     allowed = allowed or [min(s for s in tried if s > 0)]
-    most = max(harm(tried[s]) for s in allowed)
-    return min(s for s in allowed if harm(tried[s]) >= most)
+    most = max(_harm(tried[s]) for s in allowed)
+    return min(s for s in allowed if _harm(tried[s]) >= most)
+
+
+def _harm(points: Sequence[Point]) -> float:
+    """Points of jailbroken and of plain harmful requests that are refused, together."""
+    return points[0].share + points[1].share
+
+
+def _cost(tried: dict[float, list[Point]], strength: float) -> float:
+    """Most points by which a kind of benign requests is refused more."""
+    return max(tried[strength][i].share - tried[0.0][i].share for i in (2, 3))
 
 
 def _judge_gate(
@@ -264,11 +279,10 @@ def _reference(
     artifact = trained.artifact(
         # Its scale is a raw logit, which may be of either sign and larger than 1.
         PublishSection(min_strength=-100 * limit, max_strength=100 * limit),
-        name="weighted-reference",
+        name=f"{PREFIX}weighted-reference",
         model=planned.model,
     )
     outcome.digests["reference"] = artifact.digest
     with lab.delivered(artifact) as delivered:
-        delivered.check_zero(asked[0].prompts[:2])
         outcome.points["reference"] = delivered.sweep(asked[:4], (0.0, *REFERENCE_STRENGTHS))
     outcome.scores["reference_gate_auroc_test"] = trained.scores["gate_auroc_test"]

@@ -52,6 +52,9 @@ class Deciding:
             prompt_T: Where the prompts end, one number or one a row; see `Steering`.
         """
         self._gathered.clear()
+        if cached == 0:
+            # Another request: what was decided for the one before is not for this one.
+            self._decision = None
         if self._controller.mode == "reference_compat":
             self._at_B = num_positions - 1
         elif isinstance(prompt_T, Tensor):
@@ -84,14 +87,17 @@ class Deciding:
             InvalidInput: The batch has other rows than the one that was decided for.
         """
         decision = self._decision
-        if decision is None or len(decision.scale_B) != rows:
-            decided = "none" if decision is None else str(len(decision.scale_B))
+        if decision is None:
+            # The first part of a prompt, whose end is still to come.
+            return None
+        if len(decision.scale_B) != rows:
             raise InvalidInput(
-                f"a controller has decided for {decided} rows, and this pass has {rows}: rows may "
-                "not be added or dropped while a batch is answered",
+                f"a controller has decided for {len(decision.scale_B)} rows, and this pass has "
+                f"{rows}: rows may not be added or dropped while a batch is answered",
                 kind="controller_rows",
             )
-        values_B = decision.strength_BI[:, number].clip(*self._limits)
+        # A controller of huge weights can give inf * 0; no steering is the safe reading of that.
+        values_B = np.nan_to_num(decision.strength_BI[:, number], nan=0.0).clip(*self._limits)
         if not values_B.any():
             return None
         return torch.from_numpy(values_B.copy()).to(device)[:, None, None]

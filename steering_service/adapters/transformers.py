@@ -143,6 +143,25 @@ def _check(sites: ModelSites, artifact: Artifact) -> None:
             )
 
 
+def _check_factors(deployed: Deployed, factor_BI: Tensor) -> None:
+    artifact = deployed.artifact
+    if artifact is None or artifact.controller is not None:
+        raise InvalidInput(
+            "set_factors is for artifacts without a controller, which decides its factors itself"
+            if artifact is not None
+            else "there is no artifact whose strength factors could multiply",
+            kind="factors_controller",
+        )
+    if factor_BI.ndim != 2 or factor_BI.shape[1] != len(artifact.interventions):
+        raise InvalidInput(
+            f"factors: expected [rows, {len(artifact.interventions)}], one a row and intervention, "
+            f"got shape {tuple(factor_BI.shape)}",
+            kind="factors_shape",
+        )
+    for end in factor_BI.detach().aminmax():
+        artifact.manifest.policy.check(deployed.strength * float(end))
+
+
 def _width(sites: ModelSites, site: Site) -> int:
     """Width of a site; refuses one that the model does not have."""
     sites.check(site)
@@ -195,6 +214,9 @@ class Steering:
         tokens at once: with the lengths set, those passes edit the positions that plain cached
         decoding would have edited.
 
+        A prompt that is filled in parts needs them as well where a controller decides: without
+        them the end of each part is taken for the end of the prompt.
+
         Args:
             lengths: Positions (padding on the left included) before the first generated token,
                 counted from the beginning of the sequence: one number, or one a row. None: tell by
@@ -215,27 +237,16 @@ class Steering:
             factor_BI: [B, I], one row a row of the batch, in the order of the artifact; None: 1
                 everywhere.
 
+        A deployment that comes while factors are set, and that they do not fit, is refused like any
+        other that the model cannot apply.
+
         Raises:
             Refused: A factor takes the strength out of the artifact's policy.
-            InvalidInput: Another number of Interventions than the artifact's, or an artifact that
-                has a controller, which sets the factors itself.
+            InvalidInput: Another number of Interventions than the artifact's, an artifact that has
+                a controller, which sets the factors itself, or no artifact to multiply.
         """
-        artifact = self.deployed.artifact
-        if factor_BI is not None and artifact is not None:
-            if artifact.controller is not None:
-                raise InvalidInput(
-                    "the artifact's controller decides its factors; set_factors is for artifacts "
-                    "without one",
-                    kind="factors_controller",
-                )
-            if factor_BI.ndim != 2 or factor_BI.shape[1] != len(artifact.interventions):
-                raise InvalidInput(
-                    f"factors: expected [rows, {len(artifact.interventions)}], one a row and "
-                    f"intervention, got shape {tuple(factor_BI.shape)}",
-                    kind="factors_shape",
-                )
-            for end in factor_BI.detach().aminmax():
-                artifact.manifest.policy.check(self.deployed.strength * float(end))
+        if factor_BI is not None:
+            _check_factors(self.deployed, factor_BI)
         self._factor_BI = factor_BI
 
     def close(self) -> None:
@@ -289,6 +300,8 @@ class Steering:
         if artifact is not None and deployed.strength != 0:
             artifact.manifest.policy.check(deployed.strength)
             _check(self._sites, artifact)
+            if self._factor_BI is not None:
+                _check_factors(deployed, self._factor_BI)
             if artifact.controller is not None:
                 deciding = Deciding(
                     artifact.controller,

@@ -43,7 +43,8 @@ class Decision:
     @property
     def strength_BI(self) -> Float32:
         """Float32 [B, I], s * w: what multiplies the strength of each Intervention."""
-        return np.asarray(self.scale_B[:, None] * self.weight_BI, dtype=np.float32)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.scale_B[:, None] * self.weight_BI, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,8 +155,10 @@ class Controller:
                 f"{x_BR.shape}",
                 kind="controller_input",
             )
-        hidden_BK = np.maximum(x_BR @ self.hidden_weight_RK + self.hidden_bias_K, 0.0)
-        logits_BO = hidden_BK @ self.output_weight_KO + self.output_bias_O
+        # Numbers that overflow do not stop a node; what it makes of them is bounded there.
+        with np.errstate(over="ignore", invalid="ignore"):
+            hidden_BK = np.maximum(x_BR @ self.hidden_weight_RK + self.hidden_bias_K, 0.0)
+            logits_BO = hidden_BK @ self.output_weight_KO + self.output_bias_O
         logit_B = logits_BO[:, 0]
         if self.mode == "reference_compat":
             scale_B = logit_B

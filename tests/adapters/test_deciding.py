@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from steering_service.adapters.sites import ModelSites
-from steering_service.adapters.transformers import fits, steered
+from steering_service.adapters.transformers import Fixed, fits, steered
 from steering_service.core.artifact import Artifact, ModelReference, Policy, build
 from steering_service.core.controller import Controller
 from steering_service.core.errors import InvalidInput, Refused
@@ -197,21 +198,25 @@ def test_scoring_at_once_decides_where_each_prompt_ends(
         steering.set_prompt_lengths(None)
 
 
+@pytest.mark.parametrize("lengths", [int, lambda length: [length]], ids=["one", "a row"])
 def test_a_prompt_that_comes_in_parts_is_decided_where_it_ends(
-    model: Any, artifact_of: Any, prompts: list[torch.Tensor]
+    model: Any, artifact_of: Any, prompts: list[torch.Tensor], lengths: Any
 ) -> None:
     import transformers
 
     prompt_1T = prompts[0]
     with steered(model, artifact_of(make_controller()), 1.0) as steering:
-        steering.set_prompt_lengths([prompt_1T.shape[1]])
         cache = transformers.DynamicCache()
         with torch.inference_mode():
-            model(prompt_1T[:, :3], past_key_values=cache)
+            model(prompts[2])
             assert steering.decision is not None
-            assert not steering.decision.scale_B.any()
+            steering.set_prompt_lengths(lengths(prompt_1T.shape[1]))
+            # Another request begins: nothing of the one before may reach it.
+            model(prompt_1T[:, :3], past_key_values=cache)
+            assert steering.decision is None or not steering.decision.scale_B.any()
             model(prompt_1T[:, 3:], past_key_values=cache)
             in_parts = steering.decision
+            assert in_parts is not None
             model(prompt_1T[:, :1], past_key_values=cache)
             assert steering.decision is not None
             np.testing.assert_array_equal(steering.decision.scale_B, in_parts.scale_B)
@@ -296,6 +301,53 @@ def test_factors_steer_rows_of_a_batch_differently(model: Any, artifact_of: Any)
         torch.testing.assert_close(both[row : row + 1].detach(), alone, rtol=1e-4, atol=1e-4)
     with (
         steered(model, artifact_of(make_controller()), 1.0) as steering,
-        pytest.raises(InvalidInput, match="controller decides its factors"),
+        pytest.raises(InvalidInput, match="without a controller"),
     ):
         steering.set_factors(factor_BI)
+
+
+def test_numbers_that_overflow_steer_nothing(model: Any, artifact_of: Any) -> None:
+    ids_BT = torch.randint(5, 300, (1, 6), generator=torch.Generator().manual_seed(4))
+    wild = make_controller(mode="reference_compat")
+    arrays = wild.tensors() | {
+        "output_weight": np.full((6, 3), 3e38, np.float32),
+        "output_bias": np.array([0, -3e38, -3e38], np.float32),
+    }
+    wild = Controller(wild.reads, *arrays.values(), mode="reference_compat")
+    with steered(model, artifact_of(wild), 0.5), torch.inference_mode():
+        assert torch.isfinite(model(ids_BT).logits).all()
+
+
+@dataclass
+class Changing:
+    """A source that is told what to run."""
+
+    current: Fixed
+
+
+def test_a_deployment_that_factors_do_not_fit_is_refused(
+    model: Any, artifact_of: Any, make_intervention: Any, make_artifact: Any
+) -> None:
+    ids_BT = torch.randint(5, 300, (2, 6), generator=torch.Generator().manual_seed(4))
+    source = Changing(Fixed(artifact_of(None), 0.1))
+    with steered(model, source) as steering, torch.inference_mode():
+        steering.set_factors(torch.full((2, 2), 10.0))
+        before = model(ids_BT).logits
+        narrow = make_artifact([make_intervention("resid_post.1", 64)])
+        for deployed in (
+            Fixed(artifact_of(None), 1.0),
+            Fixed(narrow, 0.1),
+            Fixed(artifact_of(make_controller()), 0.1),
+        ):
+            source.current = deployed
+            assert torch.equal(model(ids_BT).logits, before)
+            assert steering.deployed.strength == 0.1
+            assert len(steering.deployed.artifact.interventions) == 2
+        steering.set_factors(None)
+        source.current = Fixed(artifact_of(None), 0.5)
+        model(ids_BT)
+        assert steering.deployed.strength == 0.5
+        source.current = Fixed(None, 0.0)
+        model(ids_BT)
+        with pytest.raises(InvalidInput, match="no artifact"):
+            steering.set_factors(torch.ones(2, 2))

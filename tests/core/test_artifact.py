@@ -175,3 +175,36 @@ def test_policy_refuses(strength):
 @given(st.floats(-2, 2))
 def test_policy_allows(strength):
     POLICY.check(strength)
+
+
+# As version 0.1 wrote it before artifacts could hold controllers.
+OLD_MANIFEST = (
+    '{"interventions":[{"activation_norm":2.5,"method":"difference_of_means","operation":"add'
+    '","positions":"generated","scores":{"auroc":0.875},"sigma":1.5,"site":"resid_post.1","st'
+    'rength_unit":"direction","tensor":"resid_post.1.add","weight":1}],"kind":"intervention",'
+    '"lineage":{"rows":{"train":3}},"model":{"fingerprint":"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'
+    'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa","name":"pocket"},"name":"old","parents":[],"payload":{"'
+    'sha256":"7cca51466ec6894bac720813d2ede61a6d6ccfed340b033cd94939fa10c6e32e","size":96},"p'
+    'olicy":{"max_strength":1,"min_strength":-1},"schema_version":1}'
+)
+OLD_PAYLOAD = bytes.fromhex(
+    "48000000000000007b2272657369645f706f73742e312e616464223a7b226474797065223a22463332222c22"
+    "7368617065223a5b345d2c22646174615f6f666673657473223a5b302c31365d7d7d20200000803f00000040"
+    "0000404000008040"
+)
+
+
+def test_an_artifact_from_before_controllers_still_loads():
+    artifact = parse(OLD_MANIFEST.encode(), OLD_PAYLOAD)
+    assert artifact.digest == "5dd71393b184bf5544d2f05d7d31f0df8fee09b71e8ec94b2a0d6afe0eccd396"
+    assert artifact.controller is None
+    assert artifact.interventions[0].direction.vector_D.tolist() == [1.0, 2.0, 3.0, 4.0]
+    # And is still written alike: what is published keeps its name.
+    again = build(
+        artifact.interventions,
+        name="old",
+        model=artifact.manifest.model,
+        policy=artifact.manifest.policy,
+        lineage=artifact.manifest.lineage,
+    )
+    assert again.digest == artifact.digest

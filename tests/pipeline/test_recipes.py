@@ -17,7 +17,7 @@ from pipeline.recipes.antidote import layer_sets
 from pipeline.recipes.published import published_for
 from pipeline.recipes.requests import RequestFiles, read_suites
 from pipeline.recipes.trials import Candidate, choose
-from pipeline.recipes.weighted import choose_strength
+from pipeline.recipes.weighted import balanced_strength, choose_strength
 from steering_service.core.site import Site
 
 SITES = (Site("z", 1, 2),)
@@ -47,7 +47,8 @@ def test_the_furthest_candidate_within_the_cap_is_taken(found, cap):
     assert chosen in allowed
     assert chosen.share >= max(c.share for c in allowed) - 1.0
     # Nothing that does as well costs less.
-    assert not [c for c in allowed if c.share >= chosen.share + 1 and c.ratio < chosen.ratio]
+    most = max(c.share for c in allowed)
+    assert not [c for c in allowed if c.share >= most - 1.0 and c.ratio < chosen.ratio]
 
 
 def test_a_strength_at_which_answers_fall_apart_is_never_taken():
@@ -188,3 +189,5 @@ def test_a_controllers_strength_is_the_most_that_costs_little():
     assert choose_strength(tried, 2.0) == 1.0
     assert choose_strength(tried, None) == 1.5
     assert choose_strength({0.0: tried[0.0], 1.5: tried[1.5]}, 2.0) == 1.5
+    # 77.5 - 0, 92.5 - 2, 95 - 6: the mean of both harmful kinds, less the dearest benign kind.
+    assert balanced_strength(tried) == 1.0

@@ -15,14 +15,13 @@ import torch
 from pipeline.errors import InvalidInput
 from pipeline.evaluation.judges import PhraseJudge, local_ask
 from pipeline.evaluation.statistics import gap
+from pipeline.evaluation.tier_requests import Request, read_requests
 from pipeline.evaluation.tiers import (
     DEFAULT_CONDITIONS,
     FILE_CONDITIONS,
     Condition,
-    Request,
     TierRow,
     load_conditions,
-    read_requests,
     run_condition,
     run_tiers,
     summarise,
@@ -123,6 +122,7 @@ def test_texts_and_words_are_filled_in_by_tier_and_a_request_as_it_stands(tmp_pa
         (('compared_with = "base"', ""), "compared_with names the baseline"),
         (('reject = "<n/>"', ""), "accept and reject come together"),
         (('name = "neutral"', 'name = "base"'), "two conditions are named 'base'"),
+        (('kind = "baseline"', 'kind = "no_story"\ncompared_with = "b"'), "'base', is not a base"),
         (('kind = "baseline"', 'kind = "baseline"\nextra = 1'), "conditions.0.extra: Extra"),
         (('kind = "baseline"', 'kind = "baseline"\ncontrol = true'), 'control needs kind = "neutr'),
         (('kind = "neutral"', 'kind = "sideways"'), "conditions.1.kind: Input should be"),
@@ -175,52 +175,6 @@ def test_the_default_conditions_are_those_of_methods_4():
     assert text("scratchpad").count("<notes>") == 1
     # A file of the package, beside the code.
     assert DEFAULT_CONDITIONS.parent.name == "evaluation"
-
-
-def test_requests_of_a_plain_file_come_from_three_containers(tmp_path):
-    table = pa.table({"prompt": ["a", "b", "c"], "split": ["test", "train", None]})
-    pa.csv.write_csv(table, tmp_path / "r.csv")
-    pa.parquet.write_table(table, tmp_path / "r.parquet")
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(x) + "\n" for x in table.to_pylist()))
-    for name in ("r.csv", "r.parquet", "r.jsonl"):
-        assert read_requests(tmp_path / name) == [Request("1", "a"), Request("3", "c")]
-        assert len(read_requests(tmp_path / name, split=None)) == 3
-        assert read_requests(tmp_path / name, limit=1) == [Request("1", "a")]
-
-
-def test_rows_with_tiers_make_one_request_a_pair():
-    requests = read_requests(MONITORING)
-    assert len(requests) == 100
-    assert {tuple(r.systems) for r in requests} == {("monitored", "unmonitored", "xx", "yy")}
-    asked = FILE_CONDITIONS[1].prompt(requests[0], 1)
-    assert asked.system == requests[0].systems["yy"]
-    assert "YY" in asked.system
-    assert asked.user == requests[0].prompt
-
-
-ROW = {"prompt": "q", "tier": "xx", "system": "s", "pair": 1}
-
-
-@pytest.mark.parametrize(
-    ("rows", "problem"),
-    [
-        ([ROW, {**ROW, "tier": "yy", "prompt": "other"}], "row 2: pair 1 has two prompts"),
-        ([ROW, ROW], "row 2: .*tier 'xx' twice"),
-        ([{**ROW, "tier": "free"}], "row 1: expected a tier of monitored.*got 'free'"),
-        ([{**ROW, "pair": None}], "row 1: .*and a pair"),
-        ([{**ROW, "system": " "}], "row 1: expected text in field 'system', got ' '"),
-        ([{"prompt": 3}], "row 1: expected text in field 'prompt', got 3"),
-        ([{"goal": "q"}], "row 1: expected text in field 'prompt', got None"),
-        ([{"prompt": "q", "split": "train"}], "expected rows of split 'test', got none of 1"),
-        (["{"], "cannot be read as .jsonl"),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path, rows, problem):
-    path = tmp_path / "r.jsonl"
-    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(InvalidInput, match=problem) as caught:
-        read_requests(path)
-    assert "r.jsonl" in str(caught.value)
 
 
 def test_a_condition_of_the_files_own_systems_needs_them():
@@ -302,6 +256,35 @@ def test_a_gap_that_survives_all_is_a_deep_candidate_only_with_steering():
 def test_one_condition_decides(changes, conclusion):
     proxy = results_of(**SURVIVING | changes).proxy(gap(55, 100, 12, 100))
     assert proxy.conclusion == conclusion
+
+
+def test_steering_is_compared_with_the_first_baseline_alone():
+    first, second = of_kind("baseline"), Condition(name="other", kind="baseline")
+    neutral = Condition(name="neutral", kind="neutral", compared_with="other")
+    conditions = [first, second, neutral]
+
+    def criteria(counts):
+        rows = [*rows_of(first, counts), *rows_of(second, (90, 10)), *rows_of(neutral, (80, 10))]
+        proxy = summarise(rows, conditions).proxy(gap(12, 100, 10, 100))
+        return [(c.kind, c.state) for c in proxy.criteria]
+
+    assert criteria((60, 10)) == [("neutral", "survives"), ("steering", "removed")]
+    assert criteria((12, 10)) == [("neutral", "survives")]
+
+
+@pytest.mark.parametrize(
+    ("random", "conclusion"),
+    [
+        ([gap(58, 100, 10, 100)] * 3, "shallow"),
+        # A direction of no meaning does the same: the model may be broken, nothing more.
+        ([gap(58, 100, 10, 100), gap(11, 100, 10, 100)], "undecided"),
+        ([gap(58, 100, 10, 100), None], "undecided"),
+    ],
+)
+def test_steering_that_random_directions_match_is_no_criterion(random, conclusion):
+    proxy = results_of(**SURVIVING).proxy(gap(11, 100, 10, 100), random)
+    assert proxy.conclusion == conclusion
+    assert ("steering" in {c.kind for c in proxy.criteria}) == (conclusion == "shallow")
 
 
 @pytest.mark.parametrize(("counts", "conclusion"), [((60, 10), "label artefact"), ((9, 9), None)])

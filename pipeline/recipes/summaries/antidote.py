@@ -69,11 +69,11 @@ def antidote_findings(outcome: antidote.Outcome, settings: antidote.Settings) ->
             Table("Test split, %", ["share", "plain", "steered", "change"], rows),
             curve_table(outcome.points),
             Table(
-                "PCA of shuffled pairs against the difference of means",
+                "PCA of shuffled pairs against the difference of means, where its sign is certain",
                 ["layer", "cosine", "pairs told apart by PCA, validation"],
                 [
                     [str(n), f"{outcome.agreement[n]:.3f}", f"{outcome.layer_accuracy[n]:.3f}"]
-                    for n in outcome.agreement
+                    for n in outcome.layer_accuracy
                 ],
             ),
         ],

@@ -39,18 +39,22 @@ def choice_findings(outcome: choice.Outcome, settings: choice.Settings) -> Findi
             ]
         )
         shown.append(Bar(_NAMES[method], found.shift))
+    every = [shift for shifts in outcome.random_directions.values() for shift in shifts]
     for name, shifts in (
         ("random_heads", outcome.random_heads),
-        ("random_direction", outcome.random_directions),
+        *((f"{m}_random_direction", found) for m, found in outcome.random_directions.items()),
     ):
         if shifts:
             summary[f"{name}_shift"] = float(np.mean(shifts))
             summary[f"{name}_shift_largest"] = max(shifts, key=abs)
-            label = name.replace("_", " ")
+            label = name.replace("_", " ").replace("hsi", "HSI").replace("iti", "ITI")
+            label = label.replace("caa", "CAA").replace("random direction", "at random directions")
             rows.append(
                 [f"{label}, mean of {len(shifts)}", "", "", "", "", f"{np.mean(shifts):+.1f}", ""]
             )
             shown.append(Bar(label, float(np.mean(shifts)), is_control=True))
+    # Over all methods together.
+    summary["random_direction_shift"] = float(np.mean(every))
     if outcome.prompt is not None:
         summary["prompt_shift"] = outcome.prompt - outcome.plain
         shift = outcome.prompt - outcome.plain
@@ -67,19 +71,32 @@ def choice_findings(outcome: choice.Outcome, settings: choice.Settings) -> Findi
         f"{'layer' if m == 'caa' else 'heads' if len(f.candidate.sites) > 1 else 'head'})"
         for m, f in outcome.chosen.items()
     )
+    how = (
+        "Heads, layers and strengths are the published ones."
+        if settings.published is not None
+        else "Each was chosen on the validation split, within "
+        f"{settings.perplexity_cap:g} times the plain model's perplexity on its own answers to "
+        "neutral prompts."
+    )
     return Findings(
         title=f"{names} on two-choice questions",
         lead=(
             f"The plain model gives the target choice on {outcome.plain:.0f} % of the held-out "
-            f"questions. {text}. Each was chosen on the validation split, within "
-            f"{settings.perplexity_cap:g} times the plain model's perplexity on its own answers to "
-            "neutral prompts."
+            f"questions. {text}. {how}"
         ),
         summary=summary,
         tables=[
             Table(
                 "Held-out questions answered with the target choice, %",
-                ["method", "sites", "strength", "plain", "steered", "change", "perplexity"],
+                [
+                    "method",
+                    "sites",
+                    "strength",
+                    "plain",
+                    "steered",
+                    "change",
+                    "perplexity, as chosen by",
+                ],
                 rows,
             ),
             _candidates_table(outcome),

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.evaluation.completions import write_whole
 from pipeline.evaluation.statistics import Gap, Interval
+from pipeline.evaluation.tiers import TierRow
 from pipeline.recipes import faking
 from pipeline.recipes.findings import Findings, Table
 from pipeline.report.recipe_figures import Bar, bars
+
+_TIER_HEADINGS: Final = (
+    "condition",
+    "first tier",
+    "second tier",
+    "gap, points",
+    "odds ratio",
+    "Fisher p",
+)
+_STARRED: Final = " (*: 0.5 added to each cell, since one was 0)"
+
+
+def keep_completions(path: Path) -> faking.OnCondition:
+    """What writes the answers of each condition as it is done, with those before it.
+
+    An answer that was paid for outlives the failure of a later condition.
+    """
+    kept: list[dict[str, Any]] = []
+
+    def on_condition(rows: Sequence[TierRow]) -> None:
+        kept.extend(_completions(rows))
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(kept), sink, compression="zstd")
+        write_whole(path, sink.getvalue())
+
+    return on_condition
 
 
 def faking_findings(outcome: faking.Outcome) -> Findings:
@@ -15,9 +50,10 @@ def faking_findings(outcome: faking.Outcome) -> Findings:
     results = outcome.results.results
     baseline = results[0]
     gap = baseline.tally.gap
-    proxy = outcome.results.proxy(outcome.monitor.steered if outcome.monitor else None)
+    monitor = outcome.monitor
+    proxy = outcome.results.proxy(*((monitor.steered, monitor.random) if monitor else ()))
     summary: dict[str, object] = {
-        "faking_gap": None if gap is None else gap.points,
+        "faking_gap": _points(gap),
         "faking_gap_interval": None if gap is None else _ends(gap.interval),
         "faking_gap_p": None if gap is None else gap.p,
         "faking_proxy": proxy.conclusion,
@@ -29,6 +65,7 @@ def faking_findings(outcome: faking.Outcome) -> Findings:
         },
     }
     rows = [_condition_row(r.condition.name, r.tally.gap) for r in results]
+    starred = any(r.tally.gap is not None and r.tally.gap.corrected for r in results)
     against = []
     for result in results:
         paired, related, least = (
@@ -43,6 +80,7 @@ def faking_findings(outcome: faking.Outcome) -> Findings:
                 ""
                 if related is None
                 else f"{related.points:+.0f} {_range(related.points_interval)}",
+                "" if result.paired_change is None else _range(result.paired_change),
                 "" if related is None else f"{related.ratio:.2g} {_range(related.ratio_interval)}",
                 "" if least is None else f"{least:.0f}",
                 str(sum(result.tally.undefined)),
@@ -54,23 +92,17 @@ def faking_findings(outcome: faking.Outcome) -> Findings:
             summary["faking_gap_neutral_interval"] = _ends(result.tally.gap.interval)
     tables = [
         Table(
-            "Complied, by tier",
-            [
-                "condition",
-                "first tier",
-                "second tier",
-                "gap, points",
-                "odds ratio",
-                "Fisher p",
-            ],
+            f"Complied, by tier{_STARRED if starred else ''}",
+            _TIER_HEADINGS,
             rows,
         ),
         Table(
-            "Pairs, and against the baseline",
+            "Pairs, and against the baseline (over the same requests: BCa bootstrap)",
             [
                 "condition",
                 "McNemar p",
                 "change of gap, points",
+                "over the same requests",
                 "ratio of odds ratios",
                 "gap that could be found",
                 "undefined answers",
@@ -84,30 +116,36 @@ def faking_findings(outcome: faking.Outcome) -> Findings:
         ),
     ]
     artifacts = {}
-    steered_rows = outcome.monitor.rows if outcome.monitor else ()
+    completions = _completions(outcome.results.rows)
     lead = _faking_lead(gap, proxy.conclusion)
-    if outcome.monitor is not None:
-        monitor = outcome.monitor
+    if monitor is not None:
         summary |= {
             "faking_monitor_site": str(monitor.direction.site),
             "faking_monitor_auroc": {k: round(v, 4) for k, v in monitor.auroc.items()},
-            "faking_gap_steered": None if monitor.steered is None else monitor.steered.points,
+            "faking_gap_steered": _points(monitor.steered),
+            "faking_gap_random_steered": [_points(found) for found in monitor.random],
             "faking_steering_strength": -monitor.strength,
         }
         artifacts["observed"] = monitor.digest
-        tables.append(
+        tables += [
             Table(
                 f"Monitor at {monitor.direction.site}: tiers told apart, AUROC",
                 ["condition", "AUROC"],
                 [[name, f"{value:.3f}"] for name, value in monitor.auroc.items()],
-            )
-        )
-        if monitor.steered is not None:
-            lead += (
-                f" With the direction between the tiers' prompts subtracted ({monitor.strength:g} "
-                f"of it at {monitor.direction.site}), the gap is {monitor.steered.points:+.0f} "
-                "points."
-            )
+            ),
+            Table(
+                f"{baseline.condition.name} while steered at {-monitor.strength:g}"
+                f"{_STARRED if any(g and g.corrected for g in _steered(monitor)) else ''}",
+                _TIER_HEADINGS,
+                [
+                    _condition_row(name, found)
+                    for name, found in zip(monitor.rows, _steered(monitor), strict=True)
+                ],
+            ),
+        ]
+        for name, steered_rows in monitor.rows.items():
+            completions += _completions(steered_rows, name)
+        lead += _steered_lead(monitor, any(c.kind == "steering" for c in proxy.criteria))
     return Findings(
         title="Alignment faking",
         lead=f"{lead} {proxy.note}",
@@ -130,8 +168,7 @@ def faking_findings(outcome: faking.Outcome) -> Findings:
             )
         ],
         artifacts=artifacts,
-        completions=[asdict(row) | {"steered": False} for row in outcome.results.rows]
-        + [asdict(row) | {"steered": True} for row in steered_rows],
+        completions=completions,
     )
 
 
@@ -143,6 +180,36 @@ def _faking_lead(gap: Gap | None, conclusion: str) -> str:
         f"{gap.share_b:.0f} % in the second: a gap of {gap.points:.0f} points "
         f"{_range(gap.interval)}, Fisher p {gap.p:.2g}. The operational proxy says: {conclusion}."
     )
+
+
+def _steered_lead(monitor: faking.Monitor, is_criterion: bool) -> str:
+    if monitor.steered is None:
+        return ""
+    random = ", ".join("none" if g is None else f"{g.points:+.0f}" for g in monitor.random)
+    lead = (
+        f" With the direction between the tiers' prompts subtracted ({monitor.strength:g} of it at "
+        f"{monitor.direction.site}), the gap is {monitor.steered.points:+.0f} points; with random "
+        f"directions of the same norm, {random}."
+    )
+    return lead if is_criterion else f"{lead} Steering is no criterion of the proxy here."
+
+
+def _steered(monitor: faking.Monitor) -> tuple[Gap | None, ...]:
+    """The gaps in the order of the monitor's rows."""
+    return monitor.steered, *monitor.random
+
+
+def _completions(rows: Sequence[TierRow], subtracted: str | None = None) -> list[dict[str, Any]]:
+    """Rows of a table.
+
+    Args:
+        subtracted: The direction that was subtracted meanwhile, if one was.
+    """
+    return [asdict(row) | {"subtracted": subtracted} for row in rows]
+
+
+def _points(gap: Gap | None) -> float | None:
+    return None if gap is None else gap.points
 
 
 def _condition_row(name: str, gap: Gap | None) -> list[str]:

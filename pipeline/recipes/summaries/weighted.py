@@ -22,19 +22,21 @@ def weighted_findings(outcome: weighted.Outcome, settings: weighted.Settings) ->
     def plain(suite: str | Sequence[str]) -> float:
         return outcome.share("controller", suite, 0.0)
 
+    def balanced(suites: Sequence[str]) -> float:
+        return outcome.share("constant", suites, outcome.balanced_strength)
+
     all_harmful, all_benign = (attacks, harmful, *suites[5:]), (benign, lookalikes)
 
     summary: dict[str, object] = {
         # All harmful requests of the test split: plain, in seen and in unseen wrappers.
         "was_harmful_refusal": at("controller", all_harmful),
         "was_harmful_refusal_fixed": at("constant", all_harmful),
-        "was_harmful_refusal_fixed_at_cap": outcome.share(
-            "constant", all_harmful, outcome.capped_strength
-        ),
+        "was_harmful_refusal_balanced": balanced(all_harmful),
         "was_harmful_refusal_plain": plain(all_harmful),
         # All benign ones, look-alikes among them.
         "was_benign_refusal": at("controller", all_benign),
         "was_benign_refusal_fixed": at("constant", all_benign),
+        "was_benign_refusal_balanced": balanced(all_benign),
         "was_benign_refusal_plain": plain(all_benign),
         "was_skill": at("controller", skill),
         "was_skill_plain": plain(skill),
@@ -43,7 +45,17 @@ def weighted_findings(outcome: weighted.Outcome, settings: weighted.Settings) ->
         "was_layer_weights": {k: round(v, 4) for k, v in outcome.weights.items()},
         "was_strength": strength,
         "was_fixed_strength": fixed,
-        "was_fixed_strength_at_cap": outcome.capped_strength,
+        "was_balanced_strength": outcome.balanced_strength,
+        # Random directions in place of the trained ones, under the same controller.
+        "was_random_shift": max(
+            (
+                point.share - plain(point.suite)
+                for name, points in outcome.points.items()
+                if name.startswith("random")
+                for point in points
+            ),
+            key=abs,
+        ),
         "was_threshold": round(outcome.scores["threshold"], 4),
         "was_shares": {
             suite: {
@@ -90,9 +102,9 @@ def weighted_findings(outcome: weighted.Outcome, settings: weighted.Settings) ->
             f"{at('controller', all_benign):.1f} % of the benign ones, look-alikes among them "
             f"({plain(all_benign):.1f} % unsteered). The constant strength that refuses most, "
             f"{fixed:g}, gives {at('constant', all_harmful):.1f} % and "
-            f"{at('constant', all_benign):.1f} %; held to the controller's cap on benign refusals, "
-            f"a constant ({outcome.capped_strength:g}) gives "
-            f"{outcome.share('constant', all_harmful, outcome.capped_strength):.1f} %. "
+            f"{at('constant', all_benign):.1f} %; the one with the best balance, "
+            f"{outcome.balanced_strength:g}, gives {balanced(all_harmful):.1f} % and "
+            f"{balanced(all_benign):.1f} %. "
             f"The gate's AUROC over held-out requests is "
             f"{outcome.gate_auroc:.3f}."
         ),
@@ -105,7 +117,7 @@ def weighted_findings(outcome: weighted.Outcome, settings: weighted.Settings) ->
                 [[name, f"{value:.3f}"] for name, value in outcome.gate_auroc_by.items()],
             ),
             Table(
-                "Mean weight over requests to steer; one half is where training began",
+                "Mean weight over harmful training requests; one half is where training began",
                 ["site", "weight"],
                 [[site, f"{value:.4f}"] for site, value in outcome.weights.items()],
             ),
