@@ -58,15 +58,30 @@ class Line:
     is_control: bool = False
 
 
-def heat_map(auroc_LH: NDArray[Any], layers: Sequence[int], title: str) -> Drawing:
-    """AUROC of every head: layers down, heads across, the value written in each cell."""
-    num_layers, num_heads = auroc_LH.shape
+def heat_map(
+    value_LH: NDArray[Any],
+    layers: Sequence[int],
+    title: str,
+    *,
+    ends: tuple[float, float] = (0.5, 1.0),
+    label: str = "AUROC, held out",
+    decimals: int = 2,
+) -> Drawing:
+    """A value of every head: layers down, heads across, written in each cell.
+
+    Args:
+        value_LH: [L, H]; NaN where there is none.
+        ends: Values at the ends of the colours.
+        label: What the values are.
+    """
+    num_layers, num_heads = value_LH.shape
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        image = axes.imshow(auroc_LH, cmap="cividis", vmin=0.5, vmax=1.0, aspect="auto")
-        axes.set_xticks(range(num_heads))
-        axes.set_yticks(range(num_layers), [str(layer) for layer in layers])
+        image = axes.imshow(value_LH, cmap="cividis", vmin=ends[0], vmax=ends[1], aspect="auto")
+        axes.set_xticks(range(0, num_heads, 1 if num_heads <= 32 else 8))
+        shown = range(0, num_layers, 1 if num_layers <= 48 else 8)
+        axes.set_yticks(shown, [str(layers[i]) for i in shown])
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
         axes.tick_params(length=0)
@@ -74,19 +89,24 @@ def heat_map(auroc_LH: NDArray[Any], layers: Sequence[int], title: str) -> Drawi
             spine.set_visible(False)
         # Numbers are readable up to about 32 heads; larger maps show colour alone.
         if num_heads <= 32:
-            for (layer, head), value in np.ndenumerate(auroc_LH):
-                ink = "#111111" if value > 0.75 else "#f4f4f4"
-                text = f"{value:.2f}".removeprefix("0")
+            for (layer, head), value in np.ndenumerate(value_LH):
+                ink = "#111111" if value > sum(ends) / 2 else "#f4f4f4"
+                text = f"{value:.{decimals}f}"
+                if decimals:
+                    text = text.removeprefix("0")
+                if np.isnan(value):
+                    text, ink = "–", GREY
                 axes.text(head, layer, text, ha="center", va="center", color=ink, fontsize=8)
         bar = figure.colorbar(image, ax=axes, pad=0.02)
         bar.outline.set_visible(False)
-        bar.set_label("AUROC, held out")
+        bar.set_label(label)
         axes.set_title(title, loc="left")
 
-    best = np.unravel_index(np.nanargmax(auroc_LH), auroc_LH.shape)
+    best = np.unravel_index(int(np.nanargmax(value_LH)), value_LH.shape)
     alt = (
-        f"{title}. Best: layer {layers[int(best[0])]} head {int(best[1])}, {auroc_LH[best]:.3f}; "
-        f"median {np.nanmedian(auroc_LH):.3f}."
+        f"{title}. Best: layer {layers[int(best[0])]} head {int(best[1])}, "
+        f"{value_LH[best]:.{decimals + bool(decimals)}f}; "
+        f"median {np.nanmedian(value_LH):.{decimals + bool(decimals)}f}."
     )
     return both(draw, (7.2, 1.4 + 0.36 * num_layers), alt)
 

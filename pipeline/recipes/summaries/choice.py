@@ -7,8 +7,8 @@ import numpy as np
 from pipeline.recipes import choice
 from pipeline.recipes.findings import Findings, Table
 from pipeline.recipes.summaries.shared import with_interval
-from pipeline.report.figures import Drawing
-from pipeline.report.recipe_figures import Bar, bars, share_map
+from pipeline.report.figures import Drawing, heat_map
+from pipeline.report.recipe_figures import Bar, bars
 
 _NAMES = {"hsi": "HSI", "iti": "ITI", "caa": "CAA"}
 
@@ -64,7 +64,16 @@ def choice_findings(outcome: choice.Outcome, settings: choice.Settings) -> Findi
         bars(shown, "Change of the share of the target choice, points", "held-out questions")
     ]
     if outcome.single_LH is not None:
-        figures.append(share_map(outcome.single_LH, "Each head alone, its best strength"))
+        figures.append(
+            heat_map(
+                outcome.single_LH,
+                range(len(outcome.single_LH)),
+                "Each head alone, its best strength",
+                ends=(0.0, 100.0),
+                label="target choice, %",
+                decimals=0,
+            )
+        )
     names = " and ".join(_NAMES[m] for m in outcome.chosen)
     text = "; ".join(
         f"{_NAMES[m]} moves it by {f.shift:+.0f} points ({len(f.candidate.sites)} "
