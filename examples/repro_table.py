@@ -43,7 +43,8 @@ def table(found: Mapping[str, Any]) -> str:
             "refuses harmful requests in unseen jailbreak wrappers",
             _moved(found["antidote_plain"], found["antidote_refusal_gain"]),
             f"look-alike benign requests refused {found['antidote_benign_cost']:+.1f}, unrelated "
-            f"skill {-found['antidote_skill_cost']:+.1f} points",
+            f"skill {-found['antidote_skill_cost']:+.1f} points; random directions at most "
+            f"{found['antidote_random_shift']:+.1f}",
         ),
         (
             "**Weighted steering**: a controller",
