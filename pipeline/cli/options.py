@@ -92,7 +92,9 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
     if isinstance(value, list):
-        return " × ".join(str(v) for v in value)
+        # Numbers are the shape of an array; all else is an enumeration.
+        between = " × " if all(isinstance(v, int) for v in value) else ", "
+        return between.join(str(v) for v in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -51,9 +51,9 @@ def antidote_findings(outcome: antidote.Outcome, settings: antidote.Settings) ->
         for suite in suites
     ]
     caps = (
-        "It was the strongest on the validation split within the caps"
+        "On the rows it was chosen on, of the other splits, it was the strongest within the caps"
         if outcome.kept_caps
-        else "No point on the validation split kept to the caps; it is the best trade-off there"
+        else "No point kept to the caps on the rows of the other splits; it is the best there"
     )
     return Findings(
         title="Jailbreak Antidote",
