@@ -73,8 +73,8 @@ def main() -> int:
 def run(out: Path, num_workers: int, names: list[str]) -> dict[str, Any]:
     """Every recipe in one lab; the figures of all."""
     summary: dict[str, Any] = {}
-    # Answers go to stdout as they come; the last line is the JSON object.
-    console = Console(width=140 if not sys.stdout.isatty() else None)
+    # Tables go to stderr as they come: stdout has the JSON object alone.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     start = time.monotonic()
     place = Place(EXAMPLES / "pocket_model" / "model", out, dtype="float32", workers=num_workers)
     with open_lab(place) as lab:

@@ -10,7 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
-from pipeline.errors import OUR_ERRORS
+from pipeline.errors import OUR_ERRORS, InvalidInput
+
+
+def check_device(device: str, address: str | None) -> None:
+    """Refuse a local run on a GPU that is not there, which Ray would wait for, for ever.
+
+    Raises:
+        InvalidInput: ``cuda`` without a cluster's address, and PyTorch sees no GPU here.
+    """
+    import torch
+
+    if device == "cuda" and address is None and not torch.cuda.is_available():
+        raise InvalidInput(
+            f"--device cuda: torch {torch.__version__} sees no GPU on this machine; "
+            "use --device cpu, or --ray ADDRESS for a cluster that has some",
+            kind="device",
+        )
 
 
 @contextmanager

@@ -82,9 +82,7 @@ def training(
     with progress("train", None) as (bar, task):
 
         def on_progress(now: Progress) -> None:
-            names = [name for name in now.losses if name != "step"]
-            losses = "  ".join(f"{name} {now.losses[name]:.3f}" for name in names)
-            bar.update(task, completed=now.step, total=now.num_steps, note=losses)
+            bar.update(task, completed=now.step, total=now.num_steps, note=now.note)
 
         return run_training(
             planned.cache,

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from pipeline.config import TrainSection
 from pipeline.control.gated import GatedTraining
 from pipeline.control.reference import ReferenceTraining
 from pipeline.control.results import TrainedController, trained_digest
 from pipeline.control.training import Task, Training
 from pipeline.errors import InvalidInput
-from pipeline.ray_runtime import ray_session
+from pipeline.ray_runtime import check_device, ray_session
 from pipeline.reduction.results import Reduction
 from store.activations import ActivationCache
 from store.location import Location
@@ -34,6 +32,11 @@ class Progress:
     step: int
     num_steps: int
     losses: Mapping[str, float]
+
+    @property
+    def note(self) -> str:
+        """The losses, for a progress bar."""
+        return "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
 
 
 class _Actor:
@@ -82,13 +85,7 @@ def train(
     digest = trained_digest(cache.digest, reduction.digest, section)
     if TrainedController.exists(root, digest):
         return TrainedController.open(root, digest)
-    if device == "cuda" and address is None and not torch.cuda.is_available():
-        # Ray would wait for a GPU for ever.
-        raise InvalidInput(
-            f"--device cuda: torch {torch.__version__} sees no GPU on this machine; "
-            "use --device cpu, or --ray ADDRESS for a cluster that has some",
-            kind="device",
-        )
+    check_device(device, address)
     ours, theirs = (c["model"]["fingerprint"] for c in (cache.capture, reduction.capture))
     if ours != theirs:
         raise InvalidInput(

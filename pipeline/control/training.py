@@ -89,6 +89,7 @@ class Training(ABC):
         self.model: Any = load_model(Path(task.model_path), dtype, task.device)
         self.tokenizer = load_tokenizer(Path(task.model_path))
         self.history: list[dict[str, float]] = []
+        self._losses: dict[str, float] = {}
         self._root = root
 
     # What the two ways differ in.
@@ -126,7 +127,8 @@ class Training(ABC):
                     kind="train_diverged",
                 )
             self.history.append(losses | {"step": number + 1})
-        return len(self.history), self.num_steps, self.history[-1] if self.history else {}
+            self._losses = losses
+        return len(self.history), self.num_steps, self._losses
 
     def inputs(self, rows: NDArray[np.int64]) -> Tensor:
         """Float32 [B, R], what the controller reads of some rows."""

@@ -15,12 +15,12 @@ from typing import Any, Final
 
 import torch
 
-from pipeline.errors import OUR_ERRORS, InvalidInput
+from pipeline.errors import OUR_ERRORS
 from pipeline.extraction.engine import Engine
 from pipeline.extraction.models import DtypeName
 from pipeline.extraction.parity import Parity, check_parity
 from pipeline.prompts.plan import Plan, read_prompts
-from pipeline.ray_runtime import ray_session
+from pipeline.ray_runtime import check_device, ray_session
 from store.activations import ActivationCache
 from store.location import Location
 
@@ -123,13 +123,7 @@ def extract(
         GateRefused: The parity gate failed, or activations are not finite.
         InvalidInput: A local run on ``cuda``, and PyTorch sees no GPU here.
     """
-    if device == "cuda" and address is None and not torch.cuda.is_available():
-        # Ray would wait for a GPU for ever.
-        raise InvalidInput(
-            f"--device cuda: torch {torch.__version__} sees no GPU on this machine; "
-            "use --device cpu, or --ray ADDRESS for a cluster that has some",
-            kind="device",
-        )
+    check_device(device, address)
     cache = planned.cache
     start = time.perf_counter()
     if cache.is_complete:

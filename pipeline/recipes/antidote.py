@@ -278,14 +278,12 @@ class _Trial:
         self._is_short = is_short
         suites = read_suites(replace(settings.files, most=most), "train", "validation")
         self._asked = (suites.attacks, suites.lookalikes, suites.skill)
-        self._plain: list[float] | None = None
+        self._plain = [point.share for point in lab.plain(self._asked)]
 
     def measured(self, shape: Shape, strength: float) -> Candidate:
         artifact = _artifact(
             self._lab, "antidote", self._reductions[shape.method], shape, self._settings
         )
-        if self._plain is None:
-            self._plain = [point.share for point in self._lab.tried(artifact, 0.0, self._asked)]
         attacks, lookalikes = self._lab.tried(artifact, strength, self._asked[:2])
         gain = attacks.share - self._plain[0]
         cost = lookalikes.share - self._plain[1]

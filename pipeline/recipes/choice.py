@@ -28,7 +28,6 @@ from pipeline.recipes.published import Published
 from pipeline.recipes.trials import Candidate, choose
 from pipeline.reduction.results import Reduction
 from steering_service.core.artifact import Artifact
-from steering_service.core.direction import Direction
 from steering_service.core.intervention import Intervention
 from steering_service.core.site import Site
 
@@ -141,9 +140,7 @@ class Search:
         self._perplexity: AnySuite = fluency_suites(
             "neutral", settings.neutral, lab.model, lab.tokenizer
         )[0]
-        plain = self._plain()
-        self._plain_share = plain[0].share
-        self._plain_perplexity = plain[1].value
+        self._plain_perplexity = lab.plain([self._perplexity])[0].value
 
     def run(self, methods: Sequence[Method]) -> Outcome:
         """Search, deliver and measure."""
@@ -172,9 +169,7 @@ class Search:
         self._controls(found, heads, outcome)
         if settings.system is not None:
             with lab.track("prompt baseline", 1) as step:
-                asked = self._test.under(settings.system)
-                values = asked.ask(lab.model, lab.tokenizer, None).values
-                outcome.prompt = 100.0 * float(np.mean(values))
+                outcome.prompt = lab.plain([self._test.under(settings.system)])[0].share
                 step("")
         return outcome
 
@@ -190,17 +185,6 @@ class Search:
             prompts=PromptsSection(files=[self._settings.data], close_turn=close_turn),
             capture=CaptureSection(streams=[stream], tokens=tokens),  # type: ignore[list-item]
         )
-
-    def _plain(self) -> tuple[Point, Point]:
-        nothing = self._lab.tried(self._any_artifact(), 0.0, [self._validation, self._perplexity])
-        return nothing[0], nothing[1]
-
-    def _any_artifact(self) -> Artifact:
-        # At strength 0 nothing of it is applied.
-        info = self._lab.info
-        vector_D = np.ones(info.d_model, np.float32)
-        direction = Direction(Site("resid_post", 0), vector_D, 1.0, 1.0, "none")
-        return self._lab.artifact("nothing", [Intervention(direction)], 1.0)
 
     # HSI
 

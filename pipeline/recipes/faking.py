@@ -104,7 +104,7 @@ def run(
     ask = local_ask(lab.model, lab.tokenizer, settings.max_new_tokens)
     requests = read_requests(settings.data, "test", settings.limit)
     results = _behaviour(ask, settings, judge, lab.track, requests, on_condition)
-    return Outcome(results, _monitor(lab, settings, judge, ask))
+    return Outcome(results, _monitor(lab, settings, judge, ask, requests))
 
 
 def run_behaviour(
@@ -139,7 +139,9 @@ def _behaviour(
         return run_tiers(ask, judge, requests, settings.conditions, done)
 
 
-def _monitor(lab: Lab, settings: Settings, judge: Judge, ask: Ask) -> Monitor:
+def _monitor(
+    lab: Lab, settings: Settings, judge: Judge, ask: Ask, requests: Sequence[Request]
+) -> Monitor:
     baseline = settings.conditions[0]
     planned = lab.cached(_run(lab, settings, baseline, ("train", "validation", "test")))
     reduction = lab.reduced(planned)
@@ -156,8 +158,7 @@ def _monitor(lab: Lab, settings: Settings, judge: Judge, ask: Ask) -> Monitor:
         reduction=reduction.digest,
         monitor_auroc={name: round(value, 4) for name, value in areas.items()},
     )
-    chosen = _choose(lab, settings, judge, ask, Intervention(direction, positions="all"))
-    requests = read_requests(settings.data, "test", settings.limit)
+    chosen = _choose(lab, settings, judge, ask, artifact)
     rows = {"observed": _steered(lab, artifact, chosen, ask, judge, requests, baseline)}
     for seed in SEEDS:
         twin = random_twin(artifact, seed)
@@ -185,10 +186,9 @@ def _steered(
     return tuple(rows)
 
 
-def _choose(lab: Lab, settings: Settings, judge: Judge, ask: Ask, item: Intervention) -> float:
+def _choose(lab: Lab, settings: Settings, judge: Judge, ask: Ask, artifact: Artifact) -> float:
     """The subtraction of `smallest_gap`, on validation requests."""
     requests = read_requests(settings.data, "validation", settings.limit)
-    artifact = lab.artifact("observed-search", [item], max(STRENGTHS))
     baseline = settings.conditions[0]
     tallies = {}
     with lab.track("choose the subtraction on validation", len(STRENGTHS)) as step:

@@ -7,7 +7,7 @@ what the node does with what the service has delivered.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -115,12 +115,7 @@ class Lab:
         with self.track(f"train {run.name}", None) as step:
 
             def on_progress(progress: Progress) -> None:
-                losses = "  ".join(
-                    f"{name} {value:.3f}"
-                    for name, value in progress.losses.items()
-                    if name != "step"
-                )
-                step(f"step {progress.step} of {progress.num_steps}  {losses}")
+                step(f"step {progress.step} of {progress.num_steps}  {progress.note}")
 
             return train(
                 planned.cache,
@@ -144,6 +139,10 @@ class Lab:
             policy=Policy(min_strength=-limit, max_strength=limit),
             lineage=lineage,
         )
+
+    def plain(self, suites: Sequence[AnySuite]) -> list[Point]:
+        """Measure the plain model."""
+        return sweep(self.model, self.tokenizer, suites, [0.0], lambda _: nullcontext())
 
     def tried(self, artifact: Artifact, strength: float, suites: Sequence[AnySuite]) -> list[Point]:
         """Measure an artifact that may never be published: what searches do by the hundred."""
@@ -181,22 +180,12 @@ class Lab:
             model_fingerprint=self.info.fingerprint,
             check=fits(self.model),
         ) as subscription:
+            delivered = Delivered(self, artifact, subscription, actor)
             try:
-                yield Delivered(self, artifact, subscription, actor)
+                yield delivered
             finally:
                 if not leave_on:
-                    self._switch_off(artifact, actor)
-
-    def _switch_off(self, artifact: Artifact, actor: str) -> None:
-        self.operator.promote(
-            artifact.manifest.name,
-            artifact=artifact.digest,
-            strength=0.0,
-            enabled=False,
-            share=1.0,
-            actor=actor,
-            reason="measured",
-        )
+                    delivered.promote(0.0, enabled=False, reason="measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,18 +200,23 @@ class Delivered:
     @contextmanager
     def at(self, strength: float) -> Iterator[Steering]:
         """Promote a strength, wait until the node runs it, and steer by it."""
+        revision = self.promote(strength, enabled=True, reason=f"measure at strength {strength:g}")
+        self.subscription.active.wait_for(revision, timeout_s=30.0)
+        with steered(self.lab.model, self.subscription.active) as steering:
+            yield steering
+
+    def promote(self, strength: float, *, enabled: bool, reason: str) -> int:
+        """Change the channel; returns the revision."""
         entry = self.lab.operator.promote(
             self.subscription.channel,
             artifact=self.artifact.digest,
             strength=strength,
-            enabled=True,
+            enabled=enabled,
             share=1.0,
             actor=self.actor,
-            reason=f"measure at strength {strength:g}",
+            reason=reason,
         )
-        self.subscription.active.wait_for(entry.revision, timeout_s=30.0)
-        with steered(self.lab.model, self.subscription.active) as steering:
-            yield steering
+        return entry.revision
 
     def sweep(
         self, suites: Sequence[AnySuite], strengths: Sequence[float], label: str | None = None

@@ -67,12 +67,11 @@ def read_suites(files: RequestFiles, *splits: Split) -> RequestSuites:
     """
     phrases = read_phrases(files.phrases)
     requests = _of(files.pairs, splits)
-    seen: dict[str, object] = {}
-    for row in _rows(files.attacks):
-        seen[str(row.get("prompt"))] = row.get("seen")
+    seen = {str(row.get("prompt")): row.get("seen") for row in _rows(files.attacks)}
     attacks = _of(files.attacks, splits)
-    unseen = [e for e in attacks if _is_seen(seen.get(e.prompt), files.attacks) is False]
-    known = [e for e in attacks if _is_seen(seen.get(e.prompt), files.attacks) is True]
+    marked = [(e, _is_seen(seen.get(e.prompt), files.attacks)) for e in attacks]
+    unseen = [e for e, is_seen in marked if is_seen is False]
+    known = [e for e, is_seen in marked if is_seen is True]
 
     def refused(name: str, examples: Sequence[Example]) -> Suite:
         return refusal_suite(name, examples[: files.most], phrases)

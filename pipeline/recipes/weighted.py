@@ -118,7 +118,9 @@ def run(lab: Lab, settings: Settings) -> Outcome:
     )
     validation = read_suites(_fewer(settings), "validation")
     test = read_suites(settings.files, "test")
-    tried = {s: lab.tried(artifact, s, _choosing(validation)) for s in (0.0, *strengths)}
+    choosing = _choosing(validation)
+    plain = lab.plain(choosing)
+    tried = {0.0: plain} | {s: lab.tried(artifact, s, choosing) for s in strengths}
     strength = choose_strength(tried, settings.benign_cap)
     constant = lab.artifact(
         "weighted-constant",
@@ -127,20 +129,18 @@ def run(lab: Lab, settings: Settings) -> Outcome:
         recipe="weighted",
         reduction=directions.digest,
     )
-    fixed = {s: lab.tried(constant, s, _choosing(validation)) for s in (0.0, *strengths)}
+    fixed = {0.0: plain} | {s: lab.tried(constant, s, choosing) for s in strengths}
     # The constant vector has no cap here: the controller has to keep up with its best.
     fixed_strength = choose_strength(fixed, None)
     outcome = Outcome(
         gate_auroc=0.0,
         gate_auroc_by={},
-        weights={},
+        weights={site: trained.scores[f"weight_{site}"] for site in section.edits},
         strength=strength,
         fixed_strength=fixed_strength,
         balanced_strength=balanced_strength(fixed),
         scores=dict(trained.scores),
     )
-    for site in section.edits:
-        outcome.weights[site] = trained.scores[f"weight_{site}"]
     asked = _every(test)
     with lab.delivered(artifact) as delivered:
         outcome.points["controller"] = delivered.sweep(asked, sorted({0.0, strength, *strengths}))

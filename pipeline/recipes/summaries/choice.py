@@ -40,15 +40,16 @@ def choice_findings(outcome: choice.Outcome, settings: choice.Settings) -> Findi
         )
         shown.append(Bar(_NAMES[method], found.shift))
     every = [shift for shifts in outcome.random_directions.values() for shift in shifts]
-    for name, shifts in (
-        ("random_heads", outcome.random_heads),
-        *((f"{m}_random_direction", found) for m, found in outcome.random_directions.items()),
+    for name, label, shifts in (
+        ("random_heads", "random heads", outcome.random_heads),
+        *(
+            (f"{method}_random_direction", f"{_NAMES[method]} at random directions", found_shifts)
+            for method, found_shifts in outcome.random_directions.items()
+        ),
     ):
         if shifts:
             summary[f"{name}_shift"] = float(np.mean(shifts))
             summary[f"{name}_shift_largest"] = max(shifts, key=abs)
-            label = name.replace("_", " ").replace("hsi", "HSI").replace("iti", "ITI")
-            label = label.replace("caa", "CAA").replace("random direction", "at random directions")
             rows.append(
                 [f"{label}, mean of {len(shifts)}", "", "", "", "", f"{np.mean(shifts):+.1f}", ""]
             )
@@ -56,10 +57,10 @@ def choice_findings(outcome: choice.Outcome, settings: choice.Settings) -> Findi
     # Over all methods together.
     summary["random_direction_shift"] = float(np.mean(every))
     if outcome.prompt is not None:
-        summary["prompt_shift"] = outcome.prompt - outcome.plain
         shift = outcome.prompt - outcome.plain
+        summary["prompt_shift"] = shift
         rows.append(["asked by a prompt", "", "", "", f"{outcome.prompt:.1f}", f"{shift:+.1f}", ""])
-        shown.append(Bar("asked by a prompt", outcome.prompt - outcome.plain, is_control=True))
+        shown.append(Bar("asked by a prompt", shift, is_control=True))
     figures: list[Drawing] = [
         bars(shown, "Change of the share of the target choice, points", "held-out questions")
     ]
