@@ -8,11 +8,12 @@ from __future__ import annotations
 import datetime
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import InvalidInput
+from pipeline.prompts.selection import Selection
 from pipeline.reduction.methods import Method, complete_parameters
 from steering_service.core.controller import Mode, check_order
 from steering_service.core.errors import SteeringError
@@ -21,8 +22,6 @@ from steering_service.core.site import Site
 
 CaptureStream = Literal["resid_pre", "resid_post", "z"]
 Split = Literal["train", "validation", "test"]
-
-_SELECTION: Final = r"^(last|mean|all|-[1-9]\d*)$"
 
 
 class _Section(BaseModel):
@@ -77,12 +76,21 @@ class CaptureSection(_Section):
 
     streams: Annotated[list[CaptureStream], Field(min_length=1)] = ["resid_post", "z"]
     layers: Literal["all"] | Annotated[list[int], Field(min_length=1)] = "all"
-    tokens: Annotated[str, Field(pattern=_SELECTION)] = "last"
-    """last, a negative index such as "-2", mean (over all tokens) or all (a row a token)."""
+    tokens: str = "last"
+    """Which tokens of a prompt become rows: last; a negative index such as "-2"; "last_3" (the last
+    three tokens, a row each); mean (over all tokens), mean_prompt (over those before the
+    completion) or mean_completion; answer_letter (the token with the letter of an answer such as
+    (A), which CAA reads); all (a row a token, of which prompts that begin alike share those they
+    share); completion (a row a token of the completion); "text:SUBSTRING" (the mean over the last
+    occurrence); or "regex:PATTERN" (the mean over the last match's first group, or over all of the
+    match). `pipeline.prompts.selection` says the rest."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype on disk; auto is that of the computation."""
-    tokens_per_pack: Annotated[int, Field(ge=1)] = 4096
-    """Padded tokens of one forward pass. Part of the capture: it decides the last bits."""
+    packing: Literal["auto", "trie", "batches"] = "auto"
+    """auto: as a token trie, in which what prompts share is computed once, where the model can take
+    it; batches: right-padded prompts of like lengths, which every causal model can take."""
+    tokens_per_pack: Annotated[int, Field(ge=1)] = 2048
+    """Tokens of one forward pass. Part of the capture: it decides the last bits."""
     shard_mib: Annotated[float, Field(gt=0, le=4096)] = 128.0
     """Aim for the size of a shard, in MiB."""
 
@@ -92,6 +100,15 @@ class CaptureSection(_Section):
         if len(set(value)) != len(value):
             raise ValueError("a stream is named twice")
         return sorted(value)
+
+    @field_validator("tokens")
+    @classmethod
+    def _selects(cls, value: str) -> str:
+        try:
+            Selection.parse(value)
+        except InvalidInput as error:
+            raise ValueError(str(error)) from error
+        return value
 
 
 class ReduceSection(_Section):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InvalidInput, NotFound
-from pipeline.prompts.plan import read_prompts
+from pipeline.prompts.worklist import read_prompts
 from pipeline.reduction.directions import split_heads
 from steering_service.core.site import Site
 from store.activations import ActivationCache

@@ -1,177 +1,148 @@
-"""Engine: packs go through the decoder body, and hooks keep only the rows that were asked for.
+"""Engine: passes go through the decoder body, and hooks keep only the rows that were asked for.
 
 The language-model head never runs, blocks above the highest wanted layer are dropped, and whole
 hidden states are never kept: each hook writes its rows into the shard's buffer at once.
-
-Shapes: B prompts of a pack, T positions (padded on the right), R rows of a shard, L layers,
-W width of a stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.errors import GateRefused
-from pipeline.extraction.models import DTYPES, DtypeName, load_body
-from pipeline.prompts.plan import PlannedPrompt, shard_packs
-from steering_service.adapters.hooks import Tap, hooked
+from pipeline.extraction.attention import NAME, Carried, attending
+from pipeline.extraction.gather import Buffers, ShardResult
+from pipeline.extraction.models import DtypeName, load_body
+from pipeline.extraction.passes import Pass, Passes, ShardWork
+from pipeline.prompts.packing import Packing
+from pipeline.prompts.trie import Ids
+from steering_service.adapters.hooks import hooked
 from steering_service.adapters.sites import ModelSites
-from steering_service.core.site import Site, Stream
 from store.layout import StreamLayout
 
 
-class Engine:
-    """A decoder body that turns packs into rows of activations.
+class Engine(Protocol):
+    """Computes shards; the same work gives the same bytes, whatever was computed before."""
+
+    def run(self, work: Sequence[ShardWork]) -> Iterator[ShardResult]:
+        """Compute shards, in order."""
+
+
+class ResidentEngine:
+    """A decoder body that lies on its device whole.
 
     Args:
-        body: A decoder without head, in evaluation mode.
+        body: A decoder without head, in evaluation mode, as transformers loads it.
         layouts: The arrays that are written, by stream.
+        packing: How prompts become forward passes.
     """
 
-    def __init__(self, body: nn.Module, layouts: Mapping[str, StreamLayout]) -> None:
-        self._sites = ModelSites.of(body)
-        self._layouts = layouts
-        self._device = next(body.parameters()).device
-        self._body = body
-        for layout in layouts.values():
-            for layer in layout.layers:
-                self._sites.check(_site(layout, layer))
+    def __init__(
+        self, body: nn.Module, layouts: Mapping[str, StreamLayout], packing: Packing
+    ) -> None:
+        self.sites = ModelSites.of(body)
+        self.body: Any = body
+        self.layouts = layouts
+        self.packing = packing
+        self._plain_attention = self.body.config._attn_implementation
+        if packing.layout == "trie":
+            self.body.set_attn_implementation(NAME)
+        parameter = next(body.parameters())
+        self._device = parameter.device
+        self._passes = Passes(packing, parameter.device, parameter.dtype)
+        self._prefix: tuple[bytes, list[Carried]] | None = None
+        for site in Buffers.sites(layouts):
+            self.sites.check(site)
 
     @classmethod
     def load(
-        cls, path: Path, dtype: DtypeName, layouts: Mapping[str, StreamLayout], device: str
-    ) -> Engine:
+        cls,
+        path: Path,
+        dtype: DtypeName,
+        layouts: Mapping[str, StreamLayout],
+        packing: Packing,
+        device: str,
+    ) -> ResidentEngine:
         """Load a model's body and drop the blocks that no wanted layer needs."""
         body = load_body(path, dtype, device)
-        blocks = next(
-            module
-            for module in body.modules()
-            if isinstance(module, nn.ModuleList) and tuple(module) == ModelSites.of(body).blocks
-        )
-        del blocks[max(layout.layers[-1] for layout in layouts.values()) + 1 :]
-        return cls(body, layouts)
+        drop_blocks(body, max(layout.layers[-1] for layout in layouts.values()) + 1)
+        return cls(body, layouts, packing)
 
-    def run_shard(
-        self, prompts: Sequence[PlannedPrompt], rows: range, tokens_per_pack: int
-    ) -> dict[str, np.ndarray[Any, Any]]:
-        """Compute one shard.
+    @contextmanager
+    def attending_plainly(self) -> Iterator[None]:
+        """Have the body attend as transformers would have it, for a comparison."""
+        self.body.set_attn_implementation(self._plain_attention)
+        try:
+            yield
+        finally:
+            if self.packing.layout == "trie":
+                self.body.set_attn_implementation(NAME)
 
-        Args:
-            prompts: All prompts of the plan, in row order.
-            rows: The rows of the shard.
-            tokens_per_pack: Most tokens of a pack, padding included.
+    def run(self, work: Sequence[ShardWork]) -> Iterator[ShardResult]:
+        """Compute shards one by one; see `Engine`."""
+        for shard in work:
+            buffers = Buffers(self.layouts, shard.rows)
+            tokens = 0
+            carried: list[Carried] = []
+            for number, one in enumerate(self._passes.of_shard(shard)):
+                if number == 0 and one.carries:
+                    tokens += self._compute_prefix(shard.prompts[0].token_ids)
+                    assert self._prefix is not None
+                    carried = self._prefix[1]
+                carried = self._run(one, carried, buffers)
+                tokens += one.num_tokens
+            for one in self._passes.of_poisoned(shard, buffers):
+                self._run(one, [], buffers)
+                tokens += one.num_tokens
+            yield buffers.result(shard.shard, tokens)
 
-        Returns:
-            By stream, [R, L, W] as stored: float32, or bfloat16 as uint16 bits.
+    def _compute_prefix(self, prompt_ids: Ids) -> int:
+        """Compute what all prompts begin with, once a worker; the tokens computed now."""
+        one = self._passes.of_prefix(prompt_ids)
+        key = one.inputs["input_ids"].numpy().tobytes()
+        if self._prefix is not None and self._prefix[0] == key:
+            return 0
+        self._prefix = key, self._run(one, [], None)
+        return one.num_tokens
 
-        Raises:
-            GateRefused: A value is NaN or infinite; the message names the prompt's row and layer.
-        """
-        buffers = {
-            name: torch.empty(
-                (len(rows), len(layout.layers), layout.width), dtype=DTYPES[layout.dtype]
-            )
-            for name, layout in self._layouts.items()
-        }
-        for pack in shard_packs(prompts, rows, tokens_per_pack):
-            self.run_pack(pack, rows, buffers)
-        for name, buffer_RLW in buffers.items():
-            _check_finite(name, self._layouts[name], buffer_RLW, rows)
-        return {
-            name: (b.view(torch.uint16) if b.dtype == torch.bfloat16 else b).numpy()
-            for name, b in buffers.items()
-        }
-
-    def run_pack(
-        self, pack: Sequence[PlannedPrompt], rows: range, buffers: Mapping[str, Tensor]
-    ) -> None:
-        """Run one pack and write its rows into the buffers."""
-        gather = _Gather.of(pack, rows, self._device)
-        taps: dict[Site, Tap] = {}
-        for name, layout in self._layouts.items():
-            for position, layer in enumerate(layout.layers):
-                taps[_site(layout, layer)] = gather.into(buffers[name][:, position])
-        # Padding is on the right: a causal mask alone keeps it from every real token, so no
-        # attention mask is needed and attention takes its fastest path.
-        longest = max(len(prompt.token_ids) for prompt in pack)
-        ids_BT = torch.zeros((len(pack), longest), dtype=torch.int64)
-        for i, prompt in enumerate(pack):
-            ids_BT[i, : len(prompt.token_ids)] = torch.from_numpy(prompt.token_ids)
-        with torch.inference_mode(), hooked(self._sites, taps):
-            self._body(input_ids=ids_BT.to(self._device), use_cache=False)
+    def _run(self, one: Pass, carried: list[Carried], buffers: Buffers | None) -> list[Carried]:
+        """Run a pass and write its rows; what the next one carries."""
+        inputs = {name: value.to(self._device) for name, value in one.inputs.items()}
+        with torch.inference_mode(), tapped(one, carried, buffers, self.sites):
+            self.body(**inputs, use_cache=False)
+        return [] if one.attention is None else one.attention.kept
 
 
-@dataclass(frozen=True, slots=True)
-class _Gather:
-    """Which positions of a pack go to which rows of a shard.
-
-    Attributes:
-        slots: Int64 [N], rows of the shard's buffer.
-        flat: Int64 [M], positions of the pack flattened to [B * T].
-        segment: Int64 [M], which of the N rows each position belongs to; None if M = N.
-        counts: Float32 [N], positions a row.
-    """
-
-    slots: Tensor
-    flat: Tensor
-    segment: Tensor | None
-    counts: Tensor
-
-    @classmethod
-    def of(cls, pack: Sequence[PlannedPrompt], rows: range, device: torch.device) -> _Gather:
-        longest = max(len(prompt.token_ids) for prompt in pack)
-        slots: list[int] = []
-        flat: list[int] = []
-        segment: list[int] = []
-        for i, prompt in enumerate(pack):
-            for j, (start, stop) in enumerate(prompt.spans):
-                row = prompt.first_row + j
-                if row in rows:
-                    flat.extend(range(i * longest + start, i * longest + stop))
-                    segment.extend([len(slots)] * (stop - start))
-                    slots.append(row - rows.start)
-        single = len(flat) == len(slots)
-        return cls(
-            torch.tensor(slots),
-            torch.tensor(flat, device=device),
-            None if single else torch.tensor(segment, device=device),
-            torch.bincount(torch.tensor(segment), minlength=len(slots)).to(device, torch.float32),
-        )
-
-    def into(self, buffer_RW: Tensor) -> Tap:
-        def tap(h_BTW: Tensor) -> None:
-            taken_MW = h_BTW.reshape(-1, h_BTW.shape[-1]).index_select(0, self.flat)
-            if self.segment is not None:
-                # Means are taken in float32: a bfloat16 sum of a long prompt loses its last terms.
-                sums_NW = torch.zeros(
-                    (len(self.slots), h_BTW.shape[-1]), dtype=torch.float32, device=h_BTW.device
-                ).index_add_(0, self.segment, taken_MW.float())
-                taken_MW = sums_NW / self.counts[:, None]
-            buffer_RW[self.slots] = taken_MW.to(buffer_RW.device, buffer_RW.dtype)
-
-        return tap
+@contextmanager
+def tapped(
+    one: Pass,
+    carried: list[Carried],
+    buffers: Buffers | None,
+    sites: ModelSites,
+    layer: int | None = None,
+) -> Iterator[None]:
+    """Have a pass attend and write its rows, at all layers or one, inside the block."""
+    taps = {}
+    if buffers is not None and one.gather is not None:
+        taps = buffers.taps(one.gather, layer)
+    with ExitStack() as stack:
+        if one.attention is not None:
+            one.attention.begin(carried)
+            stack.enter_context(attending(one.attention))
+        stack.enter_context(hooked(sites, taps))
+        yield
 
 
-def _site(layout: StreamLayout, layer: int) -> Site:
-    stream: Stream = Site.parse(f"{layout.stream}.{layer}").stream
-    return Site(stream, layer)
-
-
-def _check_finite(stream: str, layout: StreamLayout, buffer_RLW: Tensor, rows: range) -> None:
-    finite_RL = torch.isfinite(buffer_RLW).all(dim=-1)
-    if bool(finite_RL.all()):
-        return
-    row, layer = (int(i) for i in torch.nonzero(~finite_RL)[0])
-    raise GateRefused(
-        f"{stream}.{layout.layers[layer]}: activations of row {rows.start + row} are NaN or "
-        "infinite; see index.parquet for its prompt. Computing in another dtype (model.dtype) or "
-        "removing the prompt are the ways out",
-        kind="activation_not_finite",
+def drop_blocks(body: nn.Module, keep: int) -> None:
+    """Take the blocks above the first `keep` out of a body."""
+    blocks = ModelSites.of(body).blocks
+    modules = next(
+        module
+        for module in body.modules()
+        if isinstance(module, nn.ModuleList) and tuple(module) == blocks
     )
+    del modules[keep:]

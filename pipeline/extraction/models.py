@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from pipeline.errors import InvalidInput, NotFound
+from pipeline.prompts.packing import Layout
 from steering_service.core.fingerprint import model_fingerprint
 
 DtypeName = Literal["float32", "bfloat16"]
@@ -30,6 +31,10 @@ _SAFE: Final = {"trust_remote_code": False, "local_files_only": True}
 
 _T = TypeVar("_T")
 
+_TRIE_LAYERS: Final = frozenset({"full_attention", "sliding_attention"})
+# Families outside the attention interface that were seen to honour a 4-D mask.
+_TAKE_MASKS: Final = frozenset({"falcon"})
+
 # The bar that transformers draws for reading weights would tear ours.
 transformers.utils.logging.disable_progress_bar()
 
@@ -42,6 +47,8 @@ class ModelInfo:
         fingerprint: See `steering_service.core.fingerprint`.
         context: Longest input in tokens.
         dtype: Dtype of the checkpoint, as far as it is one that is computed in.
+        layout: How its prompts can be packed.
+        layout_reason: Why not as a trie with attention of ours, or None.
     """
 
     path: Path
@@ -53,6 +60,8 @@ class ModelInfo:
     d_model: int
     context: int
     dtype: DtypeName
+    layout: Layout
+    layout_reason: str | None
 
     @classmethod
     def read(cls, path: Path) -> ModelInfo:
@@ -77,6 +86,7 @@ class ModelInfo:
                 "num_hidden_layers, num_attention_heads and hidden_size in its config.json",
                 kind="model_config",
             ) from error
+        layout, layout_reason = _layout(config)
         stored = str(getattr(text, "dtype", None) or getattr(text, "torch_dtype", None))
         return cls(
             path=path,
@@ -89,6 +99,8 @@ class ModelInfo:
             context=int(getattr(text, "max_position_embeddings", None) or 1 << 30),
             # float16 overflows on real activations, so it is never computed in.
             dtype="bfloat16" if "bfloat16" in stored else "float32",
+            layout=layout,
+            layout_reason=layout_reason,
         )
 
     def width(self, stream: str) -> int:
@@ -123,6 +135,25 @@ def load_tokenizer(path: Path) -> Any:
     return _loaded(
         path, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(path, **_SAFE)
     )
+
+
+def _layout(config: Any) -> tuple[Layout, str | None]:
+    """How a model's prompts can be packed, told from its configuration and class alone."""
+    text = config.get_text_config()
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - _TRIE_LAYERS)
+    if other:
+        return "batches", f"its layers of {', '.join(other)} read their tokens in order"
+    if getattr(text, "alibi", False):
+        return "batches", "ALiBi counts positions along the input, not along the trie"
+    kind: Any = transformers.MODEL_MAPPING.get(type(config), None)
+    name = getattr(kind, "__name__", type(config).__name__)
+    if getattr(kind, "_is_stateful", False):
+        return "batches", f"{name} keeps a state from token to token"
+    if getattr(kind, "_supports_attention_backend", False):
+        return "trie", None
+    if text.model_type in _TAKE_MASKS:
+        return "masks", f"{name} takes no attention but transformers' own"
+    return "batches", f"{name} takes no attention but transformers' own"
 
 
 def _load(kind: Any, path: Path, dtype: DtypeName, device: str) -> nn.Module:

@@ -16,10 +16,13 @@ from typing import Any, Final
 import torch
 
 from pipeline.errors import OUR_ERRORS
-from pipeline.extraction.engine import Engine
+from pipeline.extraction.engine import ResidentEngine
 from pipeline.extraction.models import DtypeName
 from pipeline.extraction.parity import Parity, check_parity
-from pipeline.prompts.plan import Plan, read_prompts
+from pipeline.extraction.passes import ShardWork
+from pipeline.prompts.packing import Packing
+from pipeline.prompts.plan import Plan
+from pipeline.prompts.worklist import read_prompts, read_shard
 from pipeline.ray_runtime import check_device, ray_session
 from store.activations import ActivationCache
 from store.location import Location
@@ -67,8 +70,8 @@ class ShardWorker:
     ) -> None:
         torch.set_num_threads(_THREADS)
         self._cache = ActivationCache.open(Location.open(store_url), digest)
-        self._prompts = read_prompts(self._cache)
-        self._engine = Engine.load(Path(model), dtype, self._cache.streams, device)
+        packing = Packing.read(self._cache.capture)
+        self._engine = ResidentEngine.load(Path(model), dtype, self._cache.streams, packing, device)
         self._layout = next(iter(self._cache.streams.values()))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -86,14 +89,11 @@ class ShardWorker:
     def _compute(self, shard: int) -> Receipt:
         rows = self._layout.shard_rows(shard)
         start = time.perf_counter()
-        values = self._engine.run_shard(self._prompts, rows, self._cache.capture["tokens_per_pack"])
+        work = ShardWork(shard, rows, read_shard(self._cache, shard))
+        (result,) = self._engine.run([work])
         computed = time.perf_counter()
-        self._cache.write_shard(shard, values, {"compute": computed - start})
-        tokens = sum(
-            len(p.token_ids)
-            for p in self._prompts
-            if p.first_row < rows.stop and p.first_row + len(p.spans) > rows.start
-        )
+        self._cache.write_shard(shard, result.values, {"compute": computed - start})
+        tokens = result.tokens
         return Receipt(shard, len(rows), tokens, time.perf_counter() - start)
 
 
@@ -165,4 +165,6 @@ def extract(
 def _parity(store_url: str, digest: str, model: str, dtype: DtypeName, device: str) -> Parity:
     torch.set_num_threads(_THREADS)
     cache = ActivationCache.open(Location.open(store_url), digest)
-    return check_parity(Path(model), dtype, cache.streams, read_prompts(cache), device)
+    packing = Packing.read(cache.capture)
+    engine = ResidentEngine.load(Path(model), dtype, cache.streams, packing, device)
+    return check_parity(engine, read_prompts(cache), dtype)

@@ -9,6 +9,7 @@ import codecs
 import csv
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,6 @@ def read_corpus(section: PromptsSection) -> Corpus:
     hasher = hashlib.sha256()
     examples: list[Example] = []
     quarantined: list[Quarantined] = []
-    rows: list[Row | Quarantined] = []
     names = [path.name for path in section.files]
     if len(set(names)) < len(names):
         raise InvalidInput(
@@ -145,24 +145,38 @@ def read_corpus(section: PromptsSection) -> Corpus:
             "told apart; rename one",
             kind="prompt_file",
         )
-    for path in section.files:
-        raw = _bytes(path)
-        hasher.update(f"{path.name}\0".encode() + hashlib.sha256(raw).digest())
-        rows.extend(_rows(path, raw))
-    known = _detect(rows) if section.format == "auto" else section.format
-    if known is None:
-        raise InvalidInput(
-            f"no row of {', '.join(names)} tells the format: {_first(rows)}. "
-            f"Expected one of the field sets {'; '.join(', '.join(f) for f in FIELDS.values())}",
-            kind="prompt_format",
-        )
-    for row in rows:
+
+    def all_rows() -> Iterator[Row | Quarantined]:
+        for path in section.files:
+            raw = _bytes(path)
+            hasher.update(f"{path.name}\0".encode() + hashlib.sha256(raw).digest())
+            yield from _rows(path, raw)
+
+    # Rows with all their fields take several times the memory of what is kept of them, so only
+    # those before the one that tells the format are held at once.
+    rows = all_rows()
+    held: list[Row | Quarantined] = []
+    known: Format | None = None if section.format == "auto" else section.format
+    while known is None:
+        row = next(rows, None)
+        if row is None:
+            raise InvalidInput(
+                f"no row of {', '.join(names)} tells the format: {_first(held)}. "
+                "Expected one of the field sets "
+                f"{'; '.join(', '.join(fields) for fields in FIELDS.values())}",
+                kind="prompt_format",
+            )
+        held.append(row)
+        known = _format_of(row)
+    num_rows = 0
+    for row in itertools.chain(held, rows):
+        num_rows += 1
         found = row.examples(known, section) if isinstance(row, Row) else row
         if isinstance(found, Quarantined):
             quarantined.append(found)
         else:
             examples.extend(found)
-    return Corpus(examples, quarantined, len(rows), hasher.hexdigest(), known)
+    return Corpus(examples, quarantined, num_rows, hasher.hexdigest(), known)
 
 
 def read_rows(path: Path) -> Iterator[Row | Quarantined]:
@@ -291,12 +305,11 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= char <= "\udfff" for char in text)
 
 
-def _detect(rows: Sequence[Row | Quarantined]) -> Format | None:
-    """The format of the first row that has the fields of one."""
-    for row in rows:
-        for name, fields in FIELDS.items():
-            if isinstance(row, Row) and all(field in row.fields for field in fields):
-                return name
+def _format_of(row: Row | Quarantined) -> Format | None:
+    """The format whose fields a row has."""
+    for name, fields in FIELDS.items():
+        if isinstance(row, Row) and all(field in row.fields for field in fields):
+            return name
     return None
 
 

@@ -8,27 +8,31 @@ kind, gets the same bytes.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import RunFile
 from pipeline.errors import InvalidInput
 from pipeline.extraction.models import ModelInfo, load_tokenizer
 from pipeline.prompts.corpus import Quarantined, check_quarantine, read_corpus
-from pipeline.prompts.tokens import TokenizedPrompt, row_spans, tokenize
+from pipeline.prompts.packing import Layout, Packing
+from pipeline.prompts.rows import lay_out_rows
+from pipeline.prompts.selection import Selection
+from pipeline.prompts.tokens import TokenizedPrompt, tokenize
+from pipeline.prompts.trie import MIN_CARRY, fill_shards, shared_length, trie_order
+from pipeline.prompts.worklist import PROMPTS_FILE, write_worklist
 from store.activations import ActivationCache
 from store.layout import StreamLayout, choose_rows_per_shard
 from store.location import Location
 
-CAPTURE_SCHEMA: Final = 1
-PROMPTS_FILE: Final = "prompts.parquet"
+log = logging.getLogger(__name__)
+
+CAPTURE_SCHEMA: Final = 2
 QUARANTINE_FILE: Final = "quarantine.jsonl"
 
 _ROWS_PER_CHUNK: Final = 32
@@ -44,15 +48,19 @@ class Plan:
         cache: Created, and perhaps partly or wholly written by an earlier run.
         model: The model that is run.
         num_prompts: Prompts that will be read.
+        packing: How they become forward passes.
         num_tokens: Their tokens, without padding.
+        num_nodes: Nodes of their trie: tokens that are computed where packs share them.
         num_rows: Rows of every array.
         quarantined: Rows of the prompt files that were left out.
     """
 
     cache: ActivationCache
     model: ModelInfo
+    packing: Packing
     num_prompts: int
     num_tokens: int
+    num_nodes: int
     num_rows: int
     quarantined: tuple[Quarantined, ...]
 
@@ -71,6 +79,8 @@ class Plan:
             "streams": {name: list(s.shape) for name, s in self.cache.streams.items()},
             "prompts": self.num_prompts,
             "tokens": self.num_tokens,
+            "trie_nodes": self.num_nodes,
+            "packing": self.packing.layout,
             "rows": self.num_rows,
             "bytes": self.num_bytes,
             "shards": self.cache.num_shards,
@@ -92,18 +102,28 @@ def plan(run: RunFile, root: Location) -> Plan:
         InvalidInput: Prompts, layers or selection that cannot be used; see the message.
     """
     model = ModelInfo.read(run.model.path)
+    selection = Selection.parse(run.capture.tokens)
     corpus = read_corpus(run.prompts)
+    selection.check_format(corpus.format)
     tokenizer = load_tokenizer(run.model.path)
     prompts, too_long = tokenize(corpus.examples, tokenizer, run.prompts, model.context)
-    prompts, too_short = _with_rows(prompts, run.capture.tokens)
+    prompts, too_short = _with_rows(prompts, selection)
     quarantined = [*corpus.quarantined, *too_long, *too_short]
     check_quarantine(quarantined, corpus.num_rows, len(prompts), run.prompts)
-    # By length, so that prompts of a pack need little padding; then by tokens, so that the order
-    # does not depend on that of the files.
-    prompts.sort(key=lambda p: (len(p.token_ids), p.token_ids, p.example.prompt_id))
-    spans = [row_spans(run.capture.tokens, len(prompt.token_ids)) for prompt in prompts]
-    table = _prompt_table(prompts, spans)
-    layouts = _layouts(run, model, sum(map(len, spans)))
+    layout = _packing_layout(run, model)
+    prompts = _in_order(prompts, layout)
+    packing = Packing(layout, run.capture.tokens_per_pack, _prefix(prompts, layout))
+    share = selection.form == "all" and layout != "batches"
+    spans = [selection.spans(prompt) for prompt in prompts]
+    num_rows = _num_nodes(prompts) if share else sum(map(len, spans))
+    layouts = _layouts(run, model, num_rows)
+    if layout != "batches" and not share:
+        ids = [prompt.token_ids for prompt in prompts]
+        order = fill_shards(
+            ids, [len(chosen) for chosen in spans], layouts[0].rows_per_shard, packing.prefix
+        )
+        prompts, spans = [prompts[i] for i in order], [spans[i] for i in order]
+    rows = lay_out_rows(prompts, spans, share=share)
     capture = {
         "schema_version": CAPTURE_SCHEMA,
         "model": {
@@ -121,7 +141,7 @@ def plan(run: RunFile, root: Location) -> Plan:
         "layers": list(layouts[0].layers),
         "tokens": run.capture.tokens,
         "dtype": layouts[0].dtype,
-        "tokens_per_pack": run.capture.tokens_per_pack,
+        "packing": packing.record(),
         "rows_per_shard": layouts[0].rows_per_shard,
     }
     # Its reasons quote messages of libraries, so another version may word them otherwise.
@@ -130,93 +150,80 @@ def plan(run: RunFile, root: Location) -> Plan:
             json.dumps(asdict(row), sort_keys=True).encode() + b"\n" for row in quarantined
         )
     }
+    worklist = write_worklist(
+        rows.prompts,
+        [prompt.example.prompt_id for prompt in prompts],
+        [prompt.text for prompt in prompts],
+        layouts[0].rows_per_shard,
+        layouts[0].num_shards,
+    )
     cache = ActivationCache.create(
-        root,
-        capture,
-        layouts,
-        _index_table(prompts, spans),
-        {PROMPTS_FILE: _parquet(table)},
-        notes=notes,
+        root, capture, layouts, rows.index, {PROMPTS_FILE: worklist}, notes=notes
     )
     return Plan(
         cache=cache,
         model=model,
+        packing=packing,
         num_prompts=len(prompts),
         num_tokens=sum(len(prompt.token_ids) for prompt in prompts),
-        num_rows=layouts[0].num_rows,
+        num_nodes=_num_nodes(prompts),
+        num_rows=rows.num_rows,
         quarantined=tuple(quarantined),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedPrompt:
-    """A prompt as a worker needs it.
-
-    Attributes:
-        token_ids: Int64 [T].
-        first_row: The row of its first span.
-        spans: Token spans [start, stop), one a row.
-    """
-
-    token_ids: np.ndarray[Any, np.dtype[np.int64]]
-    first_row: int
-    spans: tuple[tuple[int, int], ...]
-
-
-def read_prompts(cache: ActivationCache) -> list[PlannedPrompt]:
-    """The prompts of a planned cache, in row order."""
-    table = pq.read_table(
-        io.BytesIO(cache.read_file(PROMPTS_FILE)), columns=["token_ids", "first_row"]
-    )
-    token_ids = table["token_ids"].combine_chunks()
-    offsets = token_ids.offsets.to_numpy()
-    values = token_ids.values.to_numpy()
-    first_rows = table["first_row"].to_numpy()
-    selection = cache.capture["tokens"]
-    return [
-        PlannedPrompt(
-            values[offsets[i] : offsets[i + 1]].astype(np.int64),
-            int(first_rows[i]),
-            tuple(row_spans(selection, int(offsets[i + 1] - offsets[i]))),
+def _packing_layout(run: RunFile, model: ModelInfo) -> Layout:
+    if run.capture.packing == "batches":
+        return "batches"
+    if model.layout == "batches" and run.capture.packing == "trie":
+        raise InvalidInput(
+            f'capture.packing = "trie": the model {model.name!r} cannot be packed so: '
+            f'{model.layout_reason}; leave packing out, or set it to "batches"',
+            kind="capture_packing",
         )
-        for i in range(len(table))
-    ]
+    if model.layout != "trie":
+        log.warning(
+            "prompts are packed without attention along the trie",
+            extra={"model": model.name, "layout": model.layout, "why": model.layout_reason},
+        )
+    return model.layout
 
 
-def shard_packs(
-    prompts: Sequence[PlannedPrompt], rows: range, tokens_per_pack: int
-) -> Iterator[list[PlannedPrompt]]:
-    """Split the prompts that have rows in a shard into packs: batches of one forward pass.
+def _in_order(prompts: Sequence[TokenizedPrompt], layout: Layout) -> list[TokenizedPrompt]:
+    """The prompts in an order that depends on their tokens and names, not on that of the files."""
+    by_name = sorted(prompts, key=lambda prompt: prompt.example.prompt_id)
+    order = trie_order([prompt.token_ids for prompt in by_name])
+    if layout == "batches":
+        # By length, so that prompts of a batch need little padding.
+        order.sort(key=lambda i: len(by_name[i].token_ids))
+    return [by_name[i] for i in order]
 
-    A prompt whose rows lie in two shards is in packs of both.
 
-    Args:
-        prompts: All prompts, in row order.
-        rows: The rows of the shard.
-        tokens_per_pack: Most tokens of a pack, padding included; a longer prompt is a pack alone.
-    """
-    pack: list[PlannedPrompt] = []
-    longest = 0
+def _prefix(prompts: Sequence[TokenizedPrompt], layout: Layout) -> int:
+    """Tokens that all prompts begin with, if it pays to keep them."""
+    if layout != "trie" or len(prompts) < 2:
+        return 0
+    # In the trie's order, what the first and the last share is shared by all.
+    shared = shared_length(prompts[0].token_ids, prompts[-1].token_ids)
+    return shared if shared >= MIN_CARRY else 0
+
+
+def _num_nodes(prompts: Sequence[TokenizedPrompt]) -> int:
+    """Nodes of the trie of prompts in its order."""
+    num_nodes = 0
+    before = np.zeros(0, np.int32)
     for prompt in prompts:
-        if prompt.first_row + len(prompt.spans) <= rows.start or prompt.first_row >= rows.stop:
-            continue
-        longest_now = max(longest, len(prompt.token_ids))
-        if pack and longest_now * (len(pack) + 1) > tokens_per_pack:
-            yield pack
-            pack, longest_now = [], len(prompt.token_ids)
-        pack.append(prompt)
-        longest = longest_now
-    if pack:
-        yield pack
+        num_nodes += len(prompt.token_ids) - shared_length(before, prompt.token_ids)
+        before = prompt.token_ids
+    return num_nodes
 
 
 def _with_rows(
-    prompts: list[TokenizedPrompt], selection: str
+    prompts: list[TokenizedPrompt], selection: Selection
 ) -> tuple[list[TokenizedPrompt], list[Quarantined]]:
     left_out = {}
     for prompt in prompts:
-        if not row_spans(selection, len(prompt.token_ids)):
-            reason = f"{len(prompt.token_ids)} tokens, too few for tokens = {selection!r}"
+        if (reason := selection.reason(prompt)) is not None:
             source = prompt.example.source
             left_out[source] = Quarantined(*source, reason)
     # Like a pair of which one side is too long, the other side goes with it.
@@ -260,65 +267,10 @@ def _compute_dtype(run: RunFile, model: ModelInfo) -> Any:
     return model.dtype if run.model.dtype == "auto" else run.model.dtype
 
 
-def _prompt_table(
-    prompts: Sequence[TokenizedPrompt], spans: Sequence[Sequence[tuple[int, int]]]
-) -> pa.Table:
-    first_row = np.cumsum([0, *map(len, spans)])[:-1] if prompts else np.zeros(0)
-    return pa.table(
-        {
-            "prompt_id": pa.array([p.example.prompt_id for p in prompts], pa.string()),
-            "token_ids": pa.array([p.token_ids for p in prompts], pa.list_(pa.int32())),
-            "first_row": pa.array(first_row, pa.int64()),
-            "text": pa.array([p.text for p in prompts], pa.large_string()),
-        }
-    )
-
-
-def _index_table(
-    prompts: Sequence[TokenizedPrompt], spans: Sequence[Sequence[tuple[int, int]]]
-) -> pa.Table:
-    """One row a row of the arrays: which prompt, class, split, token and characters it is."""
-    columns: dict[str, list[Any]] = {name: [] for name in _INDEX_SCHEMA.names}
-    for prompt, rows in zip(prompts, spans, strict=True):
-        for start, stop in rows:
-            columns["prompt_id"].append(prompt.example.prompt_id)
-            columns["pair"].append(prompt.example.pair)
-            columns["label"].append(prompt.example.label)
-            columns["split"].append(prompt.example.split)
-            columns["first_position"].append(start)
-            columns["position"].append(stop - 1)
-            # The mean of several tokens is no token.
-            single = stop - start == 1
-            columns["token_id"].append(prompt.token_ids[start] if single else None)
-            columns["text_start"].append(prompt.offsets[start][0])
-            columns["text_stop"].append(prompt.offsets[stop - 1][1])
-    return pa.table(columns, schema=_INDEX_SCHEMA)
-
-
-_INDEX_SCHEMA: Final = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("pair", pa.string()),
-        ("label", pa.bool_()),
-        ("split", pa.string()),
-        ("first_position", pa.int32()),
-        ("position", pa.int32()),
-        ("token_id", pa.int32()),
-        ("text_start", pa.int32()),
-        ("text_stop", pa.int32()),
-    ]
-)
-
-
 def _digest_tokens(prompts: Sequence[TokenizedPrompt]) -> str:
     """Digest of what the model reads; it stands for the tokenizer and the template."""
     hasher = hashlib.sha256()
     for prompt in prompts:
-        hasher.update(np.asarray([len(prompt.token_ids), *prompt.token_ids], "<i8").tobytes())
+        hasher.update(np.asarray(len(prompt.token_ids), "<i8").tobytes())
+        hasher.update(prompt.token_ids.astype("<i8").tobytes())
     return hasher.hexdigest()
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()

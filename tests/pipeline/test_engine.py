@@ -17,10 +17,14 @@ import torch
 import transformers
 
 from pipeline.errors import GateRefused, InvalidInput
-from pipeline.extraction.engine import Engine
+from pipeline.extraction.engine import ResidentEngine
 from pipeline.extraction.models import load_body
 from pipeline.extraction.parity import check_parity
-from pipeline.prompts.plan import Plan, PlannedPrompt, read_prompts
+from pipeline.extraction.passes import ShardWork
+from pipeline.prompts.packing import Packing
+from pipeline.prompts.plan import Plan
+from pipeline.prompts.trie import PlannedPrompt
+from pipeline.prompts.worklist import read_prompts, read_shard
 from store.bfloat16 import to_float32
 
 # Where the blocks of the decoder body are, and the attention output projection in each.
@@ -69,15 +73,21 @@ def reference(body: Any, prompt: PlannedPrompt, family: str) -> dict[str, Any]:
     }
 
 
+def load(planned: Plan, dtype: Any = "float32", **options: Any) -> ResidentEngine:
+    cache = planned.cache
+    packing = Packing.read(cache.capture)
+    return ResidentEngine.load(planned.model.path, dtype, cache.streams, packing, "cpu", **options)
+
+
 def compute(planned: Plan, dtype: Any = "float32") -> dict[str, np.ndarray[Any, Any]]:
     """Float32 [rows, L, W] by stream, shard by shard."""
     cache = planned.cache
-    engine = Engine.load(planned.model.path, dtype, cache.streams, "cpu")
-    prompts = read_prompts(cache)
-    parts = []
-    for shard in range(cache.num_shards):
-        rows = next(iter(cache.streams.values())).shard_rows(shard)
-        parts.append(engine.run_shard(prompts, rows, cache.capture["tokens_per_pack"]))
+    layout = next(iter(cache.streams.values()))
+    work = [
+        ShardWork(shard, layout.shard_rows(shard), read_shard(cache, shard))
+        for shard in range(cache.num_shards)
+    ]
+    parts = [result.values for result in load(planned, dtype).run(work)]
     return {name: to_float32(np.concatenate([part[name] for part in parts])) for name in parts[0]}
 
 
@@ -110,16 +120,48 @@ def test_every_selection_equals_plain_forwards(
 def test_every_family_equals_plain_forwards(make_model: Any, make_plan: Any, family: str) -> None:
     planned = make_plan(make_model(family), capture=f'{STREAMS}tokens = "mean"')
     assert worst_error(planned, family, compute(planned)) < 1e-5
-    prompts = read_prompts(planned.cache)
-    parity = check_parity(planned.model.path, "float32", planned.cache.streams, prompts, "cpu")
+    parity = check_parity(load(planned), read_prompts(planned.cache), "float32")
     assert parity.worst < 1e-5
-    assert parity.num_prompts == 4
+    assert parity.num_prompts >= 4
+
+
+@pytest.mark.parametrize(("packing", "layout"), [("trie", "trie"), ("batches", "batches")])
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "gpt2"])
+def test_prompts_under_one_long_system_prompt_equal_plain_forwards(
+    make_model: Any, make_plan: Any, family: str, packing: str, layout: str
+) -> None:
+    capture = f'{STREAMS}tokens = "last_3"\npacking = "{packing}"'
+    system = "the ship steers to the north, and the crew answers the captain; " * 3
+    planned = make_plan(
+        make_model(family),
+        capture=capture.replace("300", "40"),
+        prompts=f'system = "{system}"',
+    )
+    assert planned.packing.layout == layout
+    # Longer than a pack: computed once a worker, and carried into the packs.
+    assert layout == "batches" or planned.packing.prefix > 40
+    assert worst_error(planned, family, compute(planned)) < 1e-5
+
+
+def test_shards_do_not_depend_on_what_was_computed_before(make_plan: Any) -> None:
+    system = "the ship steers to the north, and the crew answers the captain"
+    planned = make_plan(capture=STREAMS, prompts=f'system = "{system}"')
+    layout = planned.cache.layout("z")
+    work = [
+        ShardWork(shard, layout.shard_rows(shard), read_shard(planned.cache, shard))
+        for shard in range(planned.cache.num_shards)
+    ]
+    forwards = list(load(planned).run(work))
+    backwards = [next(iter(load(planned).run([one]))) for one in reversed(work)][::-1]
+    assert len(work) > 1
+    for one, other in zip(forwards, backwards, strict=True):
+        for name, values in one.values.items():
+            assert values.tobytes() == other.values[name].tobytes()
 
 
 def test_blocks_above_the_highest_wanted_layer_are_dropped(make_model: Any, make_plan: Any) -> None:
     planned = make_plan(make_model("qwen2"), capture=f"{STREAMS}layers = [1, 0]")
-    engine = Engine.load(planned.model.path, "float32", planned.cache.streams, "cpu")
-    assert len(engine._body.layers) == 2
+    assert len(load(planned).body.layers) == 2
     assert list(planned.cache.layout("z").layers) == [0, 1]
     assert worst_error(planned, "qwen2", compute(planned)) < 1e-5
 
@@ -156,20 +198,36 @@ def _poison(model: Any) -> None:
 _TOKEN_OF_8 = 28
 
 
-def test_nan_is_refused_with_its_row_and_site(make_model: Any, make_plan: Any) -> None:
-    planned = make_plan(make_model("llama", edit=_poison), capture=STREAMS)
+@pytest.mark.parametrize("packing", ["trie", "batches"])
+def test_a_poisoned_prompt_is_quarantined_alone(
+    make_model: Any, make_plan: Any, packing: str
+) -> None:
+    capture = f'{STREAMS}packing = "{packing}"'
+    planned = make_plan(make_model("llama", edit=_poison), capture=capture)
+    sound = compute(make_plan(capture=capture))
     index = planned.cache.index().to_pylist()
-    with pytest.raises(
-        GateRefused, match=r"resid_post.0: activations of row (\d+) are NaN"
-    ) as caught:
-        compute(planned)
-    assert caught.value.kind == "activation_not_finite"
-    row = int(str(caught.value).split(" row ")[1].split()[0])
-    spoiled = [i for i, entry in enumerate(index) if "8" in _prompt_text(planned, entry)]
-    assert row == spoiled[0]
-    # The gate compares engine and model, which agree; the row is named by the shard.
+    spoiled = {i for i, entry in enumerate(index) if "8" in _prompt_text(planned, entry)}
+    assert 0 < len(spoiled) < len(index)
+    layout = planned.cache.layout("z")
+    work = [
+        ShardWork(shard, layout.shard_rows(shard), read_shard(planned.cache, shard))
+        for shard in range(planned.cache.num_shards)
+    ]
+    results = list(load(planned).run(work))
+    quarantined = {row: why for result in results for row, why in result.quarantined.items()}
+    assert set(quarantined) == spoiled
+    assert all(
+        why.startswith("activations are NaN or infinite at resid_post.0")
+        for why in quarantined.values()
+    )
+    for name, wanted in sound.items():
+        got = np.concatenate([result.values[name] for result in results])
+        assert np.isnan(got[sorted(spoiled)]).all()
+        others = sorted(set(range(len(index))) - spoiled)
+        np.testing.assert_allclose(got[others], wanted[others], rtol=1e-4, atol=1e-5)
+    # The gate compares engine and model, which agree.
     prompts = [p for p in read_prompts(planned.cache) if _TOKEN_OF_8 in p.token_ids]
-    check_parity(planned.model.path, "float32", planned.cache.streams, prompts, "cpu")
+    check_parity(load(planned), prompts, "float32")
 
 
 def _prompt_text(planned: Plan, entry: dict[str, Any]) -> str:
@@ -177,24 +235,28 @@ def _prompt_text(planned: Plan, entry: dict[str, Any]) -> str:
     return str(number)
 
 
-def test_parity_refuses_a_model_in_which_padding_is_seen(make_model: Any, make_plan: Any) -> None:
-    # Gemma 3 can be saved as a text encoder that attends in both directions: then the padding on
-    # the right is seen by every token, and packs give something else than prompts alone.
+def test_parity_refuses_a_model_that_attends_in_both_directions(
+    make_model: Any, make_plan: Any
+) -> None:
+    # Gemma 3 can be saved as a text encoder that attends in both directions: then every token sees
+    # what comes after it, and packs give something else than prompts alone.
     planned = make_plan(make_model("gemma3-bidirectional"), capture='streams = ["resid_post"]')
     prompts = read_prompts(planned.cache)
     with pytest.raises(GateRefused, match=r"parity gate: at resid_post\.\d the engine") as caught:
-        check_parity(planned.model.path, "float32", planned.cache.streams, prompts, "cpu")
+        check_parity(load(planned), prompts, "float32")
     assert caught.value.kind == "parity"
 
 
 def test_parity_refuses_rows_of_another_layer(make_plan: Any) -> None:
-    planned = make_plan()
+    planned = make_plan(capture='streams = ["resid_post"]\nlayers = [0, 1]')
     layout = planned.cache.layout("resid_post")
-
-    # A stream that is called resid_post, and is resid_pre where the engine looks.
-    shifted = {"resid_post": dataclasses.replace(layout, stream="resid_pre")}
+    # What the cache calls layer 1 and 2 is 0 and 1 where the engine looks.
+    shifted = {"resid_post": dataclasses.replace(layout, layers=(1, 2))}
+    engine = ResidentEngine.load(
+        planned.model.path, "float32", {**shifted}, Packing.read(planned.cache.capture), "cpu"
+    )
     with pytest.raises(GateRefused, match="parity gate: at resid_post"):
-        check_parity(planned.model.path, "float32", shifted, read_prompts(planned.cache), "cpu")
+        check_parity(engine, read_prompts(planned.cache), "float32", planned.cache.streams)
 
 
 def test_a_model_folders_own_code_never_runs(make_model: Any, tmp_path: Path) -> None:

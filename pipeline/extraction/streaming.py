@@ -1,0 +1,183 @@
+"""The streamed engine: one block of weights at a time, for models larger than the memory.
+
+For prompts, the order of layers is free: every pack of a wave of shards goes through block L, while
+the weights of block L + 1 are loaded, before any goes through L + 1. Of the model no more than two
+blocks are held. What is computed is what the resident engine computes, pack by pack, bit for bit.
+
+Shapes: N nodes of a pack, d width of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+from torch import Tensor
+
+from pipeline.extraction.attention import NAME, Carried
+from pipeline.extraction.engine import ResidentEngine, ShardResult, drop_blocks, tapped
+from pipeline.extraction.gather import Buffers
+from pipeline.extraction.models import DTYPES, DtypeName
+from pipeline.extraction.passes import Pass, Passes, ShardWork
+from pipeline.extraction.recording import Recording, record_calls
+from pipeline.extraction.weights import StreamedBody
+from pipeline.prompts.packing import Packing
+from steering_service.adapters.sites import ModelSites
+from store.layout import StreamLayout
+
+_WAVE_SHARE: Final = 0.25
+"""Share of the free memory that the hidden states of a wave may take: a block's own working memory
+and the shards' buffers need room too."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A pass between two blocks.
+
+    Attributes:
+        before: The pass whose keys and values it carries; None if it carries none.
+        hidden: [1, N, d] or [B, T, d].
+    """
+
+    one: Pass
+    buffers: Buffers | None
+    before: _Running | None
+    recording: Recording
+    hidden: Tensor
+
+
+class StreamedEngine:
+    """Computes waves of shards with a body whose blocks are loaded one by one.
+
+    Args:
+        path: Model folder; its blocks stay on the disk.
+        dtype: Dtype of the computation.
+        layouts: The arrays that are written, by stream.
+        packing: How prompts become forward passes.
+        device: ``cpu`` or a CUDA device.
+        wave_bytes: Most memory that the hidden states of a wave take; by default a share of what is
+            free when the wave begins.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: DtypeName,
+        layouts: Mapping[str, StreamLayout],
+        packing: Packing,
+        device: str,
+        wave_bytes: int | None = None,
+    ) -> None:
+        self.layouts, self.packing = layouts, packing
+        self._path, self._dtype = path, dtype
+        self._device = torch.device(device)
+        attention = NAME if packing.layout == "trie" else None
+        self._body = StreamedBody.open(path, dtype, device, attn_implementation=attention)
+        self._sites = ModelSites.of(self._body.body)
+        self._passes = Passes(packing, self._device, DTYPES[dtype])
+        self._num_layers = max(layout.layers[-1] for layout in layouts.values()) + 1
+        self._wave_bytes = wave_bytes
+        for site in Buffers.sites(layouts):
+            self._sites.check(site)
+
+    def run(self, work: Sequence[ShardWork]) -> Iterator[ShardResult]:
+        """Compute shards, as many at a time as the memory holds; see `Engine`."""
+        for wave in self._waves(work):
+            yield from self._run_wave(wave)
+
+    def reference(self, num_blocks: int = 2) -> ResidentEngine:
+        """A resident engine of the first blocks alone, for the parity gate: the whole model would
+        not fit where it is streamed."""
+        layouts = {
+            name: kept
+            for name, layout in self.layouts.items()
+            if (kept := _first_layers(layout, num_blocks)) is not None
+        }
+        body = StreamedBody.open(self._path, self._dtype, str(self._device))
+        for layer in range(num_blocks):
+            body.load_block(layer)
+        drop_blocks(body.body, num_blocks)
+        return ResidentEngine(body.body, layouts, self.packing)
+
+    def _waves(self, work: Sequence[ShardWork]) -> Iterator[list[ShardWork]]:
+        limit = self._wave_bytes or int(_WAVE_SHARE * free_memory(self._device))
+        # In and out of a block.
+        per_token = 2 * self._sites.d_model * DTYPES[self._dtype].itemsize
+        wave: list[ShardWork] = []
+        size = 0
+        for shard in work:
+            tokens = sum(one.num_tokens for one in self._passes.of_shard(shard))
+            if wave and size + tokens * per_token > limit:
+                yield wave
+                wave, size = [], 0
+            wave.append(shard)
+            size += tokens * per_token
+        if wave:
+            yield wave
+
+    def _run_wave(self, wave: Sequence[ShardWork]) -> Iterator[ShardResult]:
+        prefix: _Running | None = None
+        running: list[_Running] = []
+        every_buffers = [Buffers(self.layouts, shard.rows) for shard in wave]
+        tokens = [0] * len(wave)
+        for number, (shard, buffers) in enumerate(zip(wave, every_buffers, strict=True)):
+            before: _Running | None = None
+            for one in self._passes.of_shard(shard):
+                if before is None and one.carries:
+                    if prefix is None:
+                        of_prefix = self._passes.of_prefix(shard.prompts[0].token_ids)
+                        prefix = self._begin(of_prefix, None, None)
+                        running.insert(0, prefix)
+                        tokens[number] += of_prefix.num_tokens
+                    before = prefix
+                before = self._begin(one, buffers, before if one.carries else None)
+                running.append(before)
+                tokens[number] += one.num_tokens
+        self._through_blocks(running)
+        alone: list[_Running] = []
+        for number, (shard, buffers) in enumerate(zip(wave, every_buffers, strict=True)):
+            for one in self._passes.of_poisoned(shard, buffers):
+                alone.append(self._begin(one, buffers, None))
+                tokens[number] += one.num_tokens
+        if alone:
+            self._through_blocks(alone)
+        for shard, buffers, count in zip(wave, every_buffers, tokens, strict=True):
+            yield buffers.result(shard.shard, count)
+
+    def _begin(self, one: Pass, buffers: Buffers | None, before: _Running | None) -> _Running:
+        """Run a pass up to the first block, and note what blocks are called with."""
+        inputs = {name: value.to(self._device) for name, value in one.inputs.items()}
+        with torch.inference_mode():
+            recording = record_calls(self._body.body, self._body.block_list, **inputs)
+        return _Running(one, buffers, before, recording, recording.hidden)
+
+    def _through_blocks(self, running: Sequence[_Running]) -> None:
+        for layer, block in self._body.blocks(range(self._num_layers)):
+            for pack in running:
+                carried: list[Carried] = []
+                if pack.before is not None and pack.before.one.attention is not None:
+                    carried = pack.before.one.attention.kept
+                with (
+                    torch.inference_mode(),
+                    tapped(pack.one, carried, pack.buffers, self._sites, layer),
+                ):
+                    pack.hidden = pack.recording.call(block, pack.hidden, layer)
+            for pack in running:
+                if pack.one.attention is not None:
+                    pack.one.attention.begin([])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _first_layers(layout: StreamLayout, num_layers: int) -> StreamLayout | None:
+    kept = tuple(layer for layer in layout.layers if layer < num_layers)
+    return replace(layout, layers=kept) if kept else None
