@@ -2,11 +2,15 @@
 
 caches/DIGEST/
   capture.json         the request, whose sha256 is DIGEST; written last: now the cache exists
-  index.parquet        one row per array row: prompt, position, token
+  index.parquet        which prompt, position and token each array row is
   zarr.json, STREAM/zarr.json, STREAM/c/I/0/0
                        a plain Zarr v3 group, which other tools can read
   _commits/STREAM/IIIIIIII.json
                        shard I counts; without this it may be garbage
+  _quarantine/IIIIIIII.json
+                       rows of shard I that do not count, and why; written before the records
+  _damaged/STREAM/IIIIIIII.json
+                       shard I was found damaged and waits to be computed again
   _COMPLETE            every shard counts
   any other files      what the caller put there, such as its plan
 """
@@ -14,23 +18,24 @@ caches/DIGEST/
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from store.commits import CommitLog
-from store.creation import COMPLETE, INDEX, create_cache, open_cache
-from store.digest import canonical_json, sha256_hex
-from store.errors import Conflict, InvalidInput, NotFound
+from store.commits import CommitLog, check_same, check_values
+from store.creation import COMPLETE, create_cache, open_cache
+from store.digest import sha256_hex
+from store.errors import Conflict, NotFound
+from store.index import read_index
 from store.layout import StreamLayout
 from store.location import Location
+from store.quarantine import Quarantine
 from store.reading import ShardReader
 from store.records import CommitRecord, CompleteMarker
+from store.repair import find_damaged, repair
 from store.verification import Problem, find_problems
 
 if TYPE_CHECKING:
@@ -39,7 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LEFTOVER_AGE_S = 3600.0
-_NUM_READERS = 8
 
 
 class ActivationCache:
@@ -77,6 +81,7 @@ class ActivationCache:
         self.capture = capture
         self.streams = dict(sorted(streams.items()))
         self._commits = CommitLog(self.location, digest)
+        self._quarantine = Quarantine(self.location, digest)
         self._committed: dict[str, set[int]] = {stream: set() for stream in streams}
         self._reader = ShardReader(self._commits)
         self._is_complete = False
@@ -98,14 +103,15 @@ class ActivationCache:
             root: Where caches live.
             capture: The request, any JSON object.
             streams: Layouts that agree on num_rows and rows_per_shard.
-            index: One row per array row.
+            index: One entry per array row, in order; or entries with a column `row` (int64) that
+                says which array row each is and leaves none out, so that several may share one.
             files: More files to keep beside it, by name, such as the plan. In a cache that exists
                 they must be the same: `*.parquet` as tables, the rest byte for byte.
             notes: Files for people, such as a log of what was left out. Kept, never compared: a
                 cache that exists keeps the notes it has.
 
         Raises:
-            InvalidInput: layouts disagree, the index has another number of rows, or a file name is
+            InvalidInput: layouts disagree, the index does not fit the rows, or a file name is
                 reserved or given twice.
             Conflict: kind "cache_differs", the capture's cache exists with another layout, index or
                 file. Open it and use what it has, or put into the capture what made the difference.
@@ -143,8 +149,13 @@ class ActivationCache:
         return next(iter(self.streams.values()))
 
     def index(self) -> pa.Table:
-        """The table that says what each row is."""
-        return pq.read_table(pa.BufferReader(self.location.get(INDEX)))
+        """The table that says what each row is: one entry for each sample, whose values are those
+        of the array row in the column `row`. Leave out entries whose row is in `quarantined`.
+
+        Raises:
+            Corrupt: kind "index".
+        """
+        return read_index(self.location)
 
     def read_file(self, name: str) -> bytes:
         """A file that was given to `create`.
@@ -182,6 +193,7 @@ class ActivationCache:
         shard: int,
         values: Mapping[str, npt.NDArray[Any]],
         seconds: Mapping[str, float] | None = None,
+        quarantined: Mapping[int, str] | None = None,
     ) -> list[CommitRecord]:
         """Store one shard of every stream and record it. May be repeated, also after a crash at any
         moment.
@@ -193,33 +205,44 @@ class ActivationCache:
             shard: Number of the shard.
             values: [rows, L, W] of every stream; uint16 bits for bfloat16, else float32.
             seconds: Timings to keep in the records, by step.
+            quarantined: Reasons by array row, for rows that do not count; their values are NaN.
 
         Returns:
             One record a stream.
 
         Raises:
             InvalidInput: kind "values", a stream is missing or unknown, or has a wrong dtype or
-                shape.
-            Conflict: kind "not_deterministic", the shard is recorded with other bytes.
+                shape; "rows", a quarantined row is not of this shard, or has no reason.
+            Conflict: kind "not_deterministic", the shard is recorded with other bytes or other
+                quarantined rows.
+            Unavailable: kind "no_space", the store is full. What is recorded stays; make space and
+                write this shard again.
         """
-        if set(values) != set(self.streams):
-            message = (
-                f"shard {shard}: expected values of streams {list(self.streams)}, got "
-                f"{sorted(values)}"
-            )
-            raise InvalidInput(message, kind="values")
-        for stream, layout in self.streams.items():
-            if len(values[stream]) != len(layout.shard_rows(shard)):
-                message = (
-                    f"shard {shard} of stream {stream!r} has rows {layout.shard_rows(shard)}: "
-                    f"{len(layout.shard_rows(shard))} expected, got {len(values[stream])}"
-                )
-                raise InvalidInput(message, kind="values")
+        check_values(self.streams, shard, values)
+        rows = self._any_layout.shard_rows(shard)
+        data = self._quarantine.encode(shard, rows, quarantined or {})
+        digest = sha256_hex(data) if data is not None else None
+        layouts = self.streams.values()
+        recorded = [record for s in layouts if (record := self._commits.find(s, shard))]
+        for record in recorded:
+            check_same(record, record.sha256, digest)
+        if not recorded:
+            self._quarantine.write(shard, data, layouts)
         records = []
         for stream, layout in self.streams.items():
-            records.append(self._commits.write(layout, shard, values[stream], seconds or {}))
+            records.append(
+                self._commits.write(layout, shard, values[stream], seconds or {}, digest)
+            )
             self._committed[stream].add(shard)
         return records
+
+    def quarantined(self) -> dict[int, str]:
+        """Reasons by array row, for the rows that do not count; their values are NaN.
+
+        Raises:
+            Corrupt: kind "quarantine", a quarantine is unreadable.
+        """
+        return self._quarantine.rows()
 
     def read_record(self, stream: str, shard: int) -> CommitRecord:
         """The commit record of a shard.
@@ -261,19 +284,7 @@ class ActivationCache:
         Raises:
             NotFound: kind "not_committed", a shard has no record.
         """
-        pairs = [(stream, shard) for stream in self.streams for shard in range(self.num_shards)]
-        with ThreadPoolExecutor(_NUM_READERS) as executor:
-            records = list(executor.map(lambda pair: self.read_record(*pair), pairs))
-        content = [
-            [record.stream, record.shard, record.num_bytes, record.sha256] for record in records
-        ]
-        return CompleteMarker(
-            capture=self.digest,
-            num_rows=self.num_rows,
-            num_shards=self.num_shards,
-            num_bytes=sum(record.num_bytes for record in records),
-            records_sha256=sha256_hex(canonical_json(content)),
-        )
+        return self._commits.summary(self.streams.values())
 
     # Reading
 
@@ -300,23 +311,7 @@ class ActivationCache:
         layout = self.layout(stream)
         wanted_layers = list(layout.layers if layers is None else layers)
         wanted_shards = list(range(self.num_shards) if shards is None else shards)
-        pairs = [(shard, layer) for shard in wanted_shards for layer in wanted_layers]
-        with ThreadPoolExecutor(_NUM_READERS) as executor:
-            ahead = [
-                executor.submit(self.read_layer, stream, layer, shard)
-                for shard, layer in pairs[:_NUM_READERS]
-            ]
-            try:
-                for number, (shard, layer) in enumerate(pairs):
-                    values_RW = ahead.pop(0).result()
-                    if number + _NUM_READERS < len(pairs):
-                        next_shard, next_layer = pairs[number + _NUM_READERS]
-                        ahead.append(
-                            executor.submit(self.read_layer, stream, next_layer, next_shard)
-                        )
-                    yield shard, layer, values_RW
-            finally:
-                executor.shutdown(wait=True, cancel_futures=True)
+        return self._reader.scan(layout, wanted_layers, wanted_shards)
 
     def read_rows(self, stream: str, layer: int, rows: Sequence[int]) -> npt.NDArray[Any]:
         """Chosen rows of one layer, [len(rows), W], in the order given; fetches only their chunks.
@@ -326,11 +321,55 @@ class ActivationCache:
         """
         return self._reader.rows(self.layout(stream), layer, rows)
 
-    def verify(self) -> Iterator[Problem]:
+    # Damage
+
+    def verify(
+        self, on_checked: Callable[[int], None] = lambda num_bytes: None
+    ) -> Iterator[Problem]:
         """Compare every shard with its record and every chunk with its checksum; reads the whole
-        cache.
+        cache, with several threads, a piece of a shard at a time.
+
+        Args:
+            on_checked: Called with the bytes of each shard of each stream that was checked.
         """
-        return find_problems(self)
+        return find_problems(self, self._quarantine.digests(), on_checked)
+
+    def damaged(self) -> set[int]:
+        """Shards to repair: those that `steerage verify` has marked, and those of which one listing
+        shows that an object or, in a complete cache, a record is gone or has another size.
+
+        Reads no shard, so it does not see flipped bits: `verify` does, and marks what it finds.
+        """
+        return find_damaged(self)
+
+    def repair_shard(
+        self,
+        shard: int,
+        values: Mapping[str, npt.NDArray[Any]],
+        quarantined: Mapping[int, str] | None = None,
+    ) -> list[str]:
+        """Put a damaged shard right, from the values that it had; marks of it are removed.
+
+        Every stream is read and compared with its record; only what is damaged is replaced, each
+        object atomically. May be repeated, also after a crash at any moment.
+
+        Args:
+            shard: Number of the shard.
+            values: As for `write_shard`.
+            quarantined: As for `write_shard`.
+
+        Returns:
+            Keys of the objects that were replaced or made.
+
+        Raises:
+            InvalidInput: As `write_shard`.
+            Conflict: kind "not_deterministic", the values give other bytes than those recorded for
+                a damaged stream. Nothing of that stream is changed.
+        """
+        check_values(self.streams, shard, values)
+        rows = self._any_layout.shard_rows(shard)
+        data = self._quarantine.encode(shard, rows, quarantined or {})
+        return repair(self, self._commits, self._quarantine, shard, values, data)
 
     def open_zarr(self) -> zarr.Group:
         """The arrays as a read-only zarr-python group; bfloat16 appears as uint16 bits.

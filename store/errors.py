@@ -14,7 +14,7 @@ match on it.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 Kind = Literal[
     # NotFound
@@ -62,6 +62,7 @@ Kind = Literal[
     "capture_digest",
     "record",
     "complete_marker",
+    "quarantine",
     "blob_checksum",
     "manifest_digest",
     "artifact_incomplete",
@@ -75,6 +76,13 @@ Kind = Literal[
 ]
 
 KINDS: frozenset[str] = frozenset(get_args(Kind))
+
+
+REPAIR: Final = (
+    "run `steerage verify`, which finds every damaged shard, then `steerage extract RUN.toml`, "
+    "which computes only those again"
+)
+"""What to do about a damaged shard; ends the message of every error about one."""
 
 
 class StoreError(Exception):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from store.commits import CommitLog
-from store.errors import Corrupt, InvalidInput, NotFound
+from store.errors import REPAIR, Corrupt, InvalidInput, NotFound
 from store.layout import StreamLayout
 from store.shard import (
     Index,
@@ -21,6 +22,7 @@ from store.shard import (
     stored_dtype,
 )
 
+NUM_READERS = 8
 _MAX_INDEXES = 4096  # of about 5 kB each
 
 
@@ -73,6 +75,26 @@ class ShardReader:
                 values_RW[chosen] = chunk_RW[wanted[chosen] % layout.rows_per_chunk]
         return values_RW
 
+    def scan(
+        self, layout: StreamLayout, layers: Sequence[int], shards: Sequence[int]
+    ) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+        """Yield (shard, layer, [rows, W]), layers within shards, a few reads ahead."""
+        pairs = [(shard, layer) for shard in shards for layer in layers]
+        with ThreadPoolExecutor(NUM_READERS) as executor:
+            ahead = [
+                executor.submit(self.layer, layout, layer, shard)
+                for shard, layer in pairs[:NUM_READERS]
+            ]
+            try:
+                for number, (shard, layer) in enumerate(pairs):
+                    values_RW = ahead.pop(0).result()
+                    if number + NUM_READERS < len(pairs):
+                        next_shard, next_layer = pairs[number + NUM_READERS]
+                        ahead.append(executor.submit(self.layer, layout, next_layer, next_shard))
+                    yield shard, layer, values_RW
+            finally:
+                executor.shutdown(wait=True, cancel_futures=True)
+
     def _index(self, layout: StreamLayout, shard: int) -> Index:
         index = self._indexes.get((layout.stream, shard))
         if index is None:
@@ -96,13 +118,21 @@ class ShardReader:
         except NotFound as error:
             raise _lost(self._where(layout, shard)) from error
         except InvalidInput as error:
-            message = f"shard {self._where(layout, shard)} is cut off: {error}; restore it"
+            message = f"shard {self._where(layout, shard)} is cut off: {error}; {REPAIR}"
             raise Corrupt(message, kind="shard_size") from error
 
     def _where(self, layout: StreamLayout, shard: int) -> str:
-        return f"{self._location.url}/{layout.shard_key(shard)}"
+        return describe_shard(self._location.url, layout, shard)
+
+
+def describe_shard(url: str, layout: StreamLayout, shard: int) -> str:
+    """What to call a shard in errors, behind the word "shard"."""
+    rows = layout.shard_rows(shard)
+    return (
+        f"{shard} of stream {layout.stream!r} (rows {rows.start} to {rows.stop - 1}), "
+        f"{url}/{layout.shard_key(shard)}"
+    )
 
 
 def _lost(where: str) -> Corrupt:
-    message = f"shard {where} is recorded but gone; restore it from a backup"
-    return Corrupt(message, kind="shard_missing")
+    return Corrupt(f"shard {where} is recorded but gone; {REPAIR}", kind="shard_missing")

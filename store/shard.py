@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from store.bfloat16 import QUIET_NAN_BITS
-from store.errors import Corrupt, InvalidInput
+from store.errors import REPAIR, Corrupt, InvalidInput
 from store.layout import StreamLayout
 
 _MISSING = np.uint64(2**64 - 1)
@@ -113,19 +113,20 @@ def read_index(tail: bytes, layout: StreamLayout, shard: int, *, where: str) -> 
             f"shard {where}: index of {layout.index_nbytes} bytes expected, the object has "
             f"{len(tail)}"
         )
-        raise Corrupt(f"{message}; it is cut off, write it again", kind="shard_index")
+        raise Corrupt(f"{message}; it is cut off, {REPAIR}", kind="shard_index")
     body, stored = tail[:-4], tail[-4:]
     if (actual := _checksum(body)) != stored:
         message = (
             f"shard {where}: crc32c of the index is {actual[::-1].hex()}, stored is "
             f"{stored[::-1].hex()}; "
-            "it is cut off or damaged, write it again"
+            f"it is cut off or damaged, {REPAIR}"
         )
         raise Corrupt(message, kind="shard_index")
     index_CLE = np.frombuffer(body, "<u8").reshape(layout.chunks_per_layer, len(layout.layers), 2)
     if not np.array_equal(index_CLE, expected_index(layout, layout.present_chunks(shard))):
         message = (
-            f"shard {where}: its chunks do not lie layer by layer, so this store did not write it"
+            f"shard {where}: its chunks do not lie layer by layer, so this store did not write it; "
+            f"{REPAIR}"
         )
         raise Corrupt(message, kind="shard_index")
     return index_CLE
@@ -172,15 +173,30 @@ def decode_chunks(
     bytes_PB = values_RW.view(np.uint8).reshape(len(chunks_PB), layout.chunk_nbytes)
     for number, chunk_B in enumerate(chunks_PB):
         bytes_PB[number] = chunk_B[:-4]
-        actual, expected = _checksum(bytes_PB[number]), chunk_B[-4:].tobytes()
-        if actual != expected:
-            message = (
-                f"shard {where}: crc32c of chunk {first_chunk + number} of layer {layer} is "
-                f"{actual[::-1].hex()}, stored is {expected[::-1].hex()}; the bytes are damaged, "
-                "restore the object or capture this shard again"
-            )
-            raise Corrupt(message, kind="shard_checksum")
+        _check_chunk(bytes_PB[number], chunk_B[-4:], where, layer, first_chunk + number)
     return values_RW
+
+
+def check_chunks(
+    stored: bytes, layout: StreamLayout, shard: int, *, where: str, first_chunk: int
+) -> None:
+    """Check consecutive chunks of a shard, of one layer or of several, without unwrapping them.
+
+    Args:
+        stored: Chunks with their checksums, in the order in which they lie in the shard.
+        layout: The stream's layout.
+        shard: Which shard, as the last one has fewer chunks.
+        where: What to call the shard in errors.
+        first_chunk: Number of the first chunk within the shard.
+
+    Raises:
+        Corrupt: kind "shard_checksum", naming layer and chunk.
+    """
+    present = layout.present_chunks(shard)
+    chunks_PB = np.frombuffer(stored, np.uint8).reshape(-1, layout.stored_chunk_nbytes)
+    for number, chunk_B in enumerate(chunks_PB, start=first_chunk):
+        layer = layout.layers[number // present]
+        _check_chunk(chunk_B[:-4], chunk_B[-4:], where, layer, number % present)
 
 
 def decode_layer(
@@ -203,7 +219,7 @@ def decode_shard(
     if len(data) != layout.shard_nbytes(shard):
         message = (
             f"shard {where}: {layout.shard_nbytes(shard)} bytes expected, it has {len(data)}; "
-            "write it again"
+            f"{REPAIR}"
         )
         raise Corrupt(message, kind="shard_size")
     view = memoryview(data)
@@ -215,6 +231,22 @@ def decode_shard(
         stored = view[start : start + length]
         values_RLW[:, position] = decode_layer(stored, layout, shard, where=where, layer=layer)
     return values_RLW
+
+
+def _check_chunk(
+    body_B: npt.NDArray[np.uint8],
+    stored_B: npt.NDArray[np.uint8],
+    where: str,
+    layer: int,
+    chunk: int,
+) -> None:
+    actual, expected = _checksum(body_B), stored_B.tobytes()
+    if actual != expected:
+        message = (
+            f"shard {where}: crc32c of chunk {chunk} of layer {layer} is {actual[::-1].hex()}, "
+            f"stored is {expected[::-1].hex()}; the bytes are damaged, {REPAIR}"
+        )
+        raise Corrupt(message, kind="shard_checksum")
 
 
 def _check_values(
