@@ -194,9 +194,7 @@ def check_values(
         NotFound: kind "no_shard".
     """
     if set(values) != set(layouts):
-        message = (
-            f"shard {shard}: expected values of streams {list(layouts)}, got {sorted(values)}"
-        )
+        message = f"shard {shard}: expected values of streams {list(layouts)}, got {sorted(values)}"
         raise InvalidInput(message, kind="values")
     for stream, layout in layouts.items():
         if len(values[stream]) != len(layout.shard_rows(shard)):

@@ -42,13 +42,20 @@ class ObjectInfo:
     modified: datetime
 
 
-def map_os_error(error: OSError, *, what: str, writing: bool) -> StoreError:
+def map_os_error(
+    error: OSError, *, what: str, writing: bool, num_bytes: int | None = None
+) -> StoreError:
     """The store's error for an operating-system error, with advice; `what` names the action and the
-    object.
+    object, `num_bytes` are those to be written.
     """
     text = f"{what}: {os.strerror(error.errno) if error.errno else error}"
     if error.errno in _NO_SPACE:
-        return Unavailable(f"{text}; free space (or raise the quota), then resume", kind="no_space")
+        needed = "" if num_bytes is None else f", {num_bytes:,} bytes are needed"
+        message = (
+            f"{text}{needed}; nothing that is recorded is lost: free space or inodes (or raise the "
+            "quota), then run the same command again, which goes on where this one ended"
+        )
+        return Unavailable(message, kind="no_space")
     if error.errno in _DENIED:
         return InvalidInput(
             f"{text}; check owner and mode of the directory", kind="permission_denied"
@@ -74,7 +81,7 @@ class LocalDirectory:
 
     def put_new(self, key: str, parts: Sequence[Buffer]) -> None:
         path = self.folder / key
-        with _mapped(f"creating {path}", writing=True):
+        with _mapped(f"creating {path}", writing=True, num_bytes=_size(parts)):
             if (
                 path.exists()
             ):  # saves writing a shard just to learn that it is there; the link decides
@@ -99,7 +106,7 @@ class LocalDirectory:
 
     def replace(self, key: str, parts: Sequence[Buffer]) -> None:
         path = self.folder / key
-        with _mapped(f"replacing {path}", writing=True):
+        with _mapped(f"replacing {path}", writing=True, num_bytes=_size(parts)):
             leftover = _write_leftover(path, parts)
             try:
                 leftover.replace(path)
@@ -196,12 +203,16 @@ def _exists(path: Path) -> Conflict:
     return Conflict(f"creating {path}: it exists already and is never overwritten", kind="exists")
 
 
+def _size(parts: Sequence[Buffer]) -> int:
+    return sum(memoryview(part).nbytes for part in parts)
+
+
 @contextlib.contextmanager
-def _mapped(what: str, *, writing: bool = False) -> Iterator[None]:
+def _mapped(what: str, *, writing: bool = False, num_bytes: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise map_os_error(error, what=what, writing=writing) from error
+        raise map_os_error(error, what=what, writing=writing, num_bytes=num_bytes) from error
 
 
 def _write_leftover(path: Path, parts: Sequence[Buffer]) -> Path:

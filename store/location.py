@@ -189,7 +189,8 @@ class Location:
         Raises:
             Conflict: kind "exists", the key is taken; nothing was changed. After a lost reply of a
                 bucket, the object may be our own: compare, as `put_same` does.
-            Unavailable: no space, or the medium failed; nothing is visible under the key.
+            Unavailable: no space, or the medium failed; nothing is visible under the key (or all of
+                it, where only making its directory entry durable failed).
         """
         self._backend.put_new(self._key(key), _parts(data))
 
