@@ -172,6 +172,7 @@ def reduction_summary(reduction: Reduction, top: int) -> dict[str, Any]:
         "method": reduction.method,
         "parameters": dict(reduction.parameters),
         "rows": dict(reduction.counts),
+        "left_out": reduction.left_out,
         "path": where(reduction.location),
         "signs_in_doubt": list(reduction.signs_in_doubt),
     }

@@ -1,6 +1,6 @@
 """What a controller is trained on: the rows of a cache at the sites that it reads.
 
-Shapes: N rows, R widths of the read sites together, W width of a stream, D width of a site.
+Shapes: N samples, R widths of the read sites together, W width of a stream, D width of a site.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import InvalidInput, NotFound
 from pipeline.prompts.worklist import read_prompts
 from pipeline.reduction.directions import split_heads
+from pipeline.reduction.samples import read_samples
 from steering_service.core.site import Site
 from store.activations import ActivationCache
 from store.bfloat16 import to_float32
@@ -23,7 +24,7 @@ from store.bfloat16 import to_float32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ControllerRows:
-    """Rows of one cache.
+    """Rows of one cache, one for each sample; see `reduction.samples`.
 
     Attributes:
         reads_NR: Float32 [N, R], on disk: a cache may be larger than the memory.
@@ -69,12 +70,11 @@ def read_rows(cache: ActivationCache, reads: Sequence[Site]) -> ControllerRows:
             "{prompt, label}",
             kind="controller_prompts",
         )
-    index = cache.index()
+    samples = read_samples(cache)
     widths = [_width(cache, site) for site in reads]
-    num_rows = cache.num_rows
     # Unlinked at once, so it goes with the process, however that ends.
     with tempfile.TemporaryFile(prefix="steerage-controller-") as file:
-        reads_NR = np.memmap(file, np.float32, "w+", shape=(num_rows, sum(widths)))
+        reads_NR = np.memmap(file, np.float32, "w+", shape=(len(samples), sum(widths)))
     first = 0
     for site, width in zip(reads, widths, strict=True):
         layout = cache.layout(site.stream)
@@ -83,13 +83,16 @@ def read_rows(cache: ActivationCache, reads: Sequence[Site]) -> ControllerRows:
             if site.head is not None:
                 values = split_heads(values, layout)[:, site.head]
             rows = layout.shard_rows(shard)
-            reads_NR[rows.start : rows.stop, first : first + width] = values
+            here = samples.in_rows(rows)
+            reads_NR[here, first : first + width] = values[samples.row_N[here] - rows.start]
         first += width
+    # With tokens = "last", a row is of one prompt.
+    token_ids = {prompt.first_row: prompt.token_ids for prompt in read_prompts(cache)}
     return ControllerRows(
         reads_NR,
-        index["label"].to_numpy(),
-        index["split"].to_numpy(zero_copy_only=False),
-        [prompt.token_ids for prompt in read_prompts(cache)],
+        samples.label_N,
+        samples.split_N,
+        [token_ids[row] for row in samples.row_N.tolist()],
     )
 
 

@@ -29,6 +29,7 @@ from pipeline.evaluation.tiers import (
     summarise,
 )
 from pipeline.recipes.lab import Lab, Track
+from pipeline.reduction.samples import read_samples
 from pipeline.reduction.scores import auroc
 from steering_service.adapters.transformers import steered
 from steering_service.core.artifact import Artifact
@@ -247,10 +248,11 @@ def _row(condition: Condition, request: Request, side: int, split: str) -> dict[
 def _auroc(lab: Lab, settings: Settings, condition: Condition, direction: Direction) -> float:
     """Does the direction fitted on the baseline tell the tiers of another condition apart?"""
     cache = lab.cached(_run(lab, settings, condition, ("test",))).cache
-    label_N = cache.index()["label"].to_numpy()
+    samples = read_samples(cache)
     site = direction.site
     values = [
         direction.project(to_float32(values_RW))
         for _, _, values_RW in cache.scan(site.stream, [site.layer])
     ]
-    return float(auroc(np.concatenate(values)[:, None], label_N)[0])
+    projected_N = samples.of(np.concatenate(values))
+    return float(auroc(projected_N[:, None], samples.label_N)[0])

@@ -48,11 +48,13 @@ class LayerPart:
 
     Attributes:
         moments: Of the ordered differences of the pairs that lie within these shards.
-        unmatched: Activations, float32 [W], of the rows whose partner lies elsewhere, by row.
+        unmatched: Activations, float32 [W], of the rows of which a partner lies elsewhere, by row.
+        shards: Which shards, without a gap.
     """
 
     moments: CrossMoments
     unmatched: dict[int, NDArray[np.float32]]
+    shards: range
 
 
 def pca_of_pairs(differences_ND: NDArray[Any], signs_N: NDArray[Any]) -> NDArray[np.float64]:
@@ -75,9 +77,11 @@ def first_component(m2_DD: NDArray[np.float64]) -> NDArray[np.float64]:
     """The eigenvector of the largest eigenvalue; its largest entry is positive.
 
     Returns:
-        Float64 [D] of norm 1, or zero where nothing varies.
+        Float64 [D] of norm 1, or zero where nothing varies; NaN where a value is not finite.
     """
     width = len(m2_DD)
+    if not np.isfinite(m2_DD).all():
+        return np.full(width, np.nan)
     values, vectors_D1 = scipy.linalg.eigh(m2_DD, subset_by_index=[width - 1, width - 1])
     if values[0] <= 0:
         return np.zeros(width)
@@ -108,12 +112,23 @@ def layer_part(
 ) -> LayerPart:
     """Read one layer of some shards, once.
 
-    In memory are one shard's layer, [H, D, D] matrices, and rows whose partner has not come yet.
+    In memory are one shard's layer, [H, D, D] matrices, and rows of which a partner has not come
+    yet.
+
+    Args:
+        cache: The cache.
+        stream: Name of the stream.
+        layer: Model layer.
+        shards: Consecutive shards.
+        pairs: Pairs of array rows. Several may share a row, also both sides of one.
     """
     layout = cache.streams[stream]
     num_heads = layout.num_heads or 1
     moments = CrossMoments.empty(num_heads, layout.width // num_heads)
-    wanted = np.sort(np.concatenate([pairs.positive_P, pairs.negative_P]))
+    wanted, uses = np.unique(
+        np.concatenate([pairs.positive_P, pairs.negative_P]), return_counts=True
+    )
+    uses_left = dict(zip(wanted.tolist(), uses.tolist(), strict=True))
     last_P = np.maximum(pairs.positive_P, pairs.negative_P)
     held: dict[int, NDArray[np.float32]] = {}
     for shard in shards:
@@ -122,13 +137,13 @@ def layer_part(
         here = wanted[np.searchsorted(wanted, rows.start) : np.searchsorted(wanted, rows.stop)]
         held.update((int(row), values_RW[row - rows.start]) for row in here)
         closed = np.flatnonzero((last_P >= rows.start) & (last_P < rows.stop))
-        for block in _blocks(held, pairs, closed, layout):
+        for block in _blocks(held, uses_left, pairs, closed, layout):
             moments = moments.merge(block)
         for row in here:
             if int(row) in held:
                 # A view would keep the whole shard in memory.
                 held[int(row)] = held[int(row)].copy()
-    return LayerPart(moments, held)
+    return LayerPart(moments, held, range(shards[0], shards[-1] + 1))
 
 
 def layer_component(
@@ -147,27 +162,44 @@ def layer_component(
     for part in parts[1:]:
         moments = moments.merge(part.moments)
         held.update(part.unmatched)
-    for block in _blocks(held, pairs, np.arange(len(pairs.signs_P)), layout):
+    # Those within one part are in its moments, though others may share their rows.
+    first_rows = [part.shards.start * layout.rows_per_shard for part in parts]
+    part_of_positive_P = np.searchsorted(first_rows, pairs.positive_P, side="right")
+    part_of_negative_P = np.searchsorted(first_rows, pairs.negative_P, side="right")
+    apart = np.flatnonzero(part_of_positive_P != part_of_negative_P)
+    rows, uses = np.unique(
+        np.concatenate([pairs.positive_P[apart], pairs.negative_P[apart]]), return_counts=True
+    )
+    uses_left = dict(zip(rows.tolist(), uses.tolist(), strict=True))
+    for block in _blocks(held, uses_left, pairs, apart, layout):
         moments = moments.merge(block)
     return np.concatenate([first_component(m2_DD) for m2_DD in moments.m2_HDD]).astype(np.float32)
 
 
 def _blocks(
     held: dict[int, NDArray[np.float32]],
+    uses_left: dict[int, int],
     pairs: OrderedPairs,
     candidates: NDArray[np.int64],
     layout: StreamLayout,
 ) -> Iterator[CrossMoments]:
-    """Moments of the pairs of which both rows are held, taking those rows out; in pair order."""
+    """Moments of the pairs of which both rows are held, in pair order, taking out the rows that no
+    other pair waits for.
+    """
     ready = [
         pair
         for pair in candidates
         if int(pairs.positive_P[pair]) in held and int(pairs.negative_P[pair]) in held
     ]
+
+    def use(row: int) -> NDArray[np.float32]:
+        uses_left[row] -= 1
+        return held[row] if uses_left[row] else held.pop(row)
+
     for first in range(0, len(ready), _PAIRS_PER_BLOCK):
         block = ready[first : first + _PAIRS_PER_BLOCK]
-        positive_PW = np.stack([held.pop(int(row)) for row in pairs.positive_P[block]])
-        negative_PW = np.stack([held.pop(int(row)) for row in pairs.negative_P[block]])
+        positive_PW = np.stack([use(int(row)) for row in pairs.positive_P[block]])
+        negative_PW = np.stack([use(int(row)) for row in pairs.negative_P[block]])
         ordered_PW = positive_PW.astype(np.float64) - negative_PW
         ordered_PW *= pairs.signs_P[block][:, None]
         yield CrossMoments.of(split_heads(ordered_PW, layout))

@@ -4,7 +4,8 @@ Every fit reads the cache once. Which rows and layers a task reads, and the orde
 are merged, follow from the cache alone: the directions have the same bits however many workers
 there are.
 
-Shapes: N rows, R rows of a shard, L layers, W width, H heads, D width of a site, S sites.
+Shapes: A array rows of the cache, N of them, R rows of a shard, L layers, W width, H heads, D width
+of a site, S sites.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipeline.reduction.components import LayerPart, OrderedPairs, layer_compone
 from pipeline.reduction.directions import difference_of_means, site_names, split_heads
 from pipeline.reduction.moments import Moments
 from pipeline.reduction.passes import matrix_groups, shard_groups, wait_for
-from pipeline.reduction.probes import fit_probes
+from pipeline.reduction.probes import fit_counted_probes
 from store.activations import ActivationCache
 from store.bfloat16 import to_float32
 from store.location import Location
@@ -52,8 +53,26 @@ def num_tasks(cache: ActivationCache, method: str) -> int:
     return sum(len(layout.layers) for layout in cache.streams.values())
 
 
-def fit_means(cache: ActivationCache, root: Location, on_done: Callable[[int], None]) -> Fit:
-    """Difference of class means of the training rows; a task takes a group of shards.
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingCounts:
+    """How many training samples each array row has, by class; see `samples.Samples.counts`.
+
+    Attributes:
+        positive_A: Int64 [A].
+        negative_A: Int64 [A].
+    """
+
+    positive_A: NDArray[np.int64]
+    negative_A: NDArray[np.int64]
+
+
+def fit_means(
+    cache: ActivationCache,
+    root: Location,
+    counts: TrainingCounts,
+    on_done: Callable[[int], None],
+) -> Fit:
+    """Difference of class means of the training samples; a task takes a group of shards.
 
     Only Moments leave a task; they are merged in a tree.
     """
@@ -61,8 +80,10 @@ def fit_means(cache: ActivationCache, root: Location, on_done: Callable[[int], N
 
     shard_task = ray.remote(num_cpus=1)(_shard_moments)
     merge_task = ray.remote(num_cpus=1)(_merge)
+    shared = ray.put(counts)
     level = [
-        shard_task.remote(root.url, cache.digest, group) for group in shard_groups(cache.num_shards)
+        shard_task.remote(root.url, cache.digest, group, shared)
+        for group in shard_groups(cache.num_shards)
     ]
     wait_for(level, on_done)
     while len(level) > 1:
@@ -114,16 +135,15 @@ def fit_components(
 def fit_all_probes(
     cache: ActivationCache,
     root: Location,
-    train_N: NDArray[np.bool_],
-    label_N: NDArray[np.bool_],
+    counts: TrainingCounts,
     *,
     l2: float,
     on_done: Callable[[int], None],
 ) -> Fit:
     """Logistic probes; a task takes a layer, and fits all its heads as one batched problem.
 
-    A task holds its layer's training rows in memory, twice as float64, and its directions and
-    thresholds leave it.
+    A task holds its layer's training rows in memory, twice as float64, each once however many
+    samples share it, and its directions and thresholds leave it.
 
     Returns:
         Directions of norm 1, or 0 where no feature varies, and the projections at logit 0.
@@ -131,7 +151,7 @@ def fit_all_probes(
     import ray
 
     task = ray.remote(num_cpus=1)(_layer_probes)
-    shared = ray.put((train_N, label_N))
+    shared = ray.put(counts)
     references = [
         task.remote(root.url, cache.digest, stream, layer, shared, l2)
         for stream, layout in cache.streams.items()
@@ -155,11 +175,10 @@ def _by_stream(
     }
 
 
-def _shard_moments(store_url: str, digest: str, shards: Sequence[int]) -> ClassMoments:
+def _shard_moments(
+    store_url: str, digest: str, shards: Sequence[int], counts: TrainingCounts
+) -> ClassMoments:
     cache = ActivationCache.open(Location.open(store_url), digest)
-    index = cache.index()
-    label_N = index["label"].to_numpy()
-    train_N = index["split"].to_numpy(zero_copy_only=False) == "train"
     result: ClassMoments = {}
     for stream, layout in cache.streams.items():
         by_layer: list[tuple[Moments, Moments]] = []
@@ -167,11 +186,11 @@ def _shard_moments(store_url: str, digest: str, shards: Sequence[int]) -> ClassM
             positive = negative = Moments.empty((layout.width,))
             for shard in shards:
                 rows = layout.shard_rows(shard)
-                train_R = train_N[rows.start : rows.stop]
-                label_R = label_N[rows.start : rows.stop]
+                positive_R = counts.positive_A[rows.start : rows.stop]
+                negative_R = counts.negative_A[rows.start : rows.stop]
                 values_RW = to_float32(cache.read_layer(stream, layer, shard))
-                positive = positive.merge(Moments.of(values_RW[train_R & label_R]))
-                negative = negative.merge(Moments.of(values_RW[train_R & ~label_R]))
+                positive = positive.merge(Moments.of_counted(values_RW, positive_R))
+                negative = negative.merge(Moments.of_counted(values_RW, negative_R))
             by_layer.append((positive, negative))
         result[stream] = (
             _stack([positive for positive, _ in by_layer]),
@@ -236,20 +255,23 @@ def _layer_probes(
     digest: str,
     stream: str,
     layer: int,
-    rows: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+    counts: TrainingCounts,
     l2: float,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     cache = ActivationCache.open(Location.open(store_url), digest)
     layout = cache.streams[stream]
-    train_N, label_N = rows
+    counts_A = counts.positive_A + counts.negative_A
     parts: list[NDArray[Any]] = []
     for shard in range(cache.num_shards):
         at = layout.shard_rows(shard)
         values_RW = to_float32(cache.read_layer(stream, layer, shard))
-        parts.append(values_RW[train_N[at.start : at.stop]])
+        parts.append(values_RW[counts_A[at.start : at.stop] > 0])
     features_HND = split_heads(np.concatenate(parts), layout).swapaxes(0, 1)
     names = [str(site) for site in site_names({stream: layout}) if site.layer == layer]
-    probes = fit_probes(features_HND, label_N[train_N], l2=l2, names=names)
+    train_A = counts_A > 0
+    probes = fit_counted_probes(
+        features_HND, counts.positive_A[train_A], counts.negative_A[train_A], l2=l2, names=names
+    )
     norm_H = np.maximum(np.linalg.norm(probes.weights_SD, axis=1), 1e-300)
     directions_HD = probes.weights_SD / norm_H[:, None]
     return directions_HD.astype(np.float32).reshape(-1), -probes.intercept_S / norm_H

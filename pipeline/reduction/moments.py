@@ -46,6 +46,23 @@ class Moments:
         return cls(len(rows), mean, np.square(rows - mean).sum(axis=0))
 
     @classmethod
+    def of_counted(cls, values: NDArray[Any], counts_N: NDArray[np.int64]) -> Moments:
+        """Moments of rows of which each counts as often as `counts_N` says, 0 included.
+
+        Args:
+            values: [N, ...], any float dtype. Rows that count 0 times may be NaN.
+            counts_N: Int64 [N].
+        """
+        counted_N = counts_N > 0
+        if (counts_N <= 1).all():
+            return cls.of(values[counted_N])
+        rows = np.asarray(values[counted_N], dtype=np.float64)
+        weights_N = counts_N[counted_N].astype(np.float64)
+        count = int(counts_N.sum())
+        mean = np.tensordot(weights_N / count, rows, axes=1)
+        return cls(count, mean, np.tensordot(weights_N, np.square(rows - mean), axes=1))
+
+    @classmethod
     def empty(cls, shape: Sequence[int]) -> Moments:
         """Moments of no rows: the neutral element of `merge`."""
         return cls(0, np.zeros(tuple(shape)), np.zeros(tuple(shape)))

@@ -68,13 +68,44 @@ def fit_probes(
         InvalidInput: kind "probe_data", a class is missing, shapes disagree, a value is not finite
             or l2 is not positive; "probe_convergence", a site did not converge.
     """
+    positive_N = label_N.astype(np.int64)
+    return fit_counted_probes(features_SND, positive_N, 1 - positive_N, l2=l2, names=names)
+
+
+def fit_counted_probes(
+    features_SND: NDArray[Any],
+    positive_N: NDArray[np.int64],
+    negative_N: NDArray[np.int64],
+    *,
+    l2: float,
+    names: Sequence[str] | None = None,
+) -> Probes:
+    """`fit_probes` of rows that each stand for several samples, perhaps of both classes.
+
+    Args:
+        features_SND: [S, N, D], any float dtype.
+        positive_N: Int64 [N], samples of the positive class that a row stands for.
+        negative_N: Int64 [N], those of the negative class.
+        l2: Positive.
+        names: Of the sites, for messages.
+
+    Raises:
+        InvalidInput: As `fit_probes`, or a row stands for no sample.
+    """
     names = names or [f"site {number}" for number in range(len(features_SND))]
-    _check(features_SND, label_N, l2, names)
+    _check(features_SND, positive_N, negative_N, l2, names)
     scaled_SND = np.array(features_SND, np.float64)
     num_rows, width = scaled_SND.shape[1:]
-    mean_SD = scaled_SND.mean(axis=1)
-    scaled_SND -= mean_SD[:, None]
-    spread_SD = np.sqrt(np.einsum("snd,snd->sd", scaled_SND, scaled_SND) / num_rows)
+    counts_N = (positive_N + negative_N).astype(np.float64)
+    if (counts_N == 1).all():
+        mean_SD = scaled_SND.mean(axis=1)
+        scaled_SND -= mean_SD[:, None]
+        spread_SD = np.sqrt(np.einsum("snd,snd->sd", scaled_SND, scaled_SND) / num_rows)
+    else:
+        share_N = counts_N / counts_N.sum()
+        mean_SD = np.einsum("snd,n->sd", scaled_SND, share_N)
+        scaled_SND -= mean_SD[:, None]
+        spread_SD = np.sqrt(np.einsum("snd,snd,n->sd", scaled_SND, scaled_SND, share_N))
     varies_SD = spread_SD > _CONSTANT * np.abs(mean_SD)
     scale_SD = np.where(varies_SD, 1 / np.where(varies_SD, spread_SD, 1), 0)
     scaled_SND *= scale_SD[:, None]
@@ -84,7 +115,7 @@ def fit_probes(
         # the same problem has only as many unknowns as there are rows.
         basis_SDE, triangle_SEN = np.linalg.qr(scaled_SND.swapaxes(1, 2))
         scaled_SND = np.ascontiguousarray(triangle_SEN.swapaxes(1, 2))
-    solution_SE, num_steps = _newton(scaled_SND, label_N, l2, names)
+    solution_SE, num_steps = _newton(scaled_SND, positive_N.astype(np.float64), counts_N, l2, names)
     weights_SD, intercept_S = solution_SE[:, :-1], solution_SE[:, -1]
     if basis_SDE is not None:
         weights_SD = np.einsum("sde,se->sd", basis_SDE, weights_SD)
@@ -93,13 +124,21 @@ def fit_probes(
 
 
 def _check(
-    features_SND: NDArray[Any], label_N: NDArray[np.bool_], l2: float, names: Sequence[str]
+    features_SND: NDArray[Any],
+    positive_N: NDArray[np.int64],
+    negative_N: NDArray[np.int64],
+    l2: float,
+    names: Sequence[str],
 ) -> None:
     problem = ""
-    if features_SND.ndim != 3 or features_SND.shape[:2] != (len(names), len(label_N)):
-        problem = f"features must be [{len(names)}, {len(label_N)}, D], got {features_SND.shape}"
-    elif not 0 < int(label_N.sum()) < len(label_N):
-        problem = f"both classes need rows, got {int(label_N.sum())} positive of {len(label_N)}"
+    num_positive, num_negative = int(positive_N.sum()), int(negative_N.sum())
+    if features_SND.ndim != 3 or features_SND.shape[:2] != (len(names), len(positive_N)):
+        problem = f"features must be [{len(names)}, {len(positive_N)}, D], got {features_SND.shape}"
+    elif not (num_positive and num_negative):
+        total = num_positive + num_negative
+        problem = f"both classes need rows, got {num_positive} positive of {total}"
+    elif not (positive_N + negative_N > 0).all():
+        problem = "every row must stand for a sample"
     elif not (np.isfinite(l2) and l2 > 0):
         problem = f"l2 must be finite and positive, got {l2!r}"
     else:
@@ -111,9 +150,13 @@ def _check(
 
 
 def _newton(
-    x_SND: Float64, label_N: NDArray[np.bool_], l2: float, names: Sequence[str]
+    x_SND: Float64, positive_N: Float64, counts_N: Float64, l2: float, names: Sequence[str]
 ) -> tuple[Float64, int]:
     """Damped Newton for all sites at once (IRLS with a line search).
+
+    Args:
+        x_SND: Standardised features.
+        positive_N: Positive samples that each row stands for, of `counts_N` samples.
 
     Returns:
         Float64 [S, E], the intercept last, and the number of steps.
@@ -121,15 +164,17 @@ def _newton(
     num_sites, num_rows, width = x_SND.shape
     x_SNE = np.concatenate([x_SND, np.ones((num_sites, num_rows, 1))], axis=2)
     penalty_E = np.append(np.full(width, l2), 0.0)
-    y_N = label_N.astype(np.float64)
     solution_SE = np.zeros((num_sites, width + 1))
     logits_SN = np.zeros((num_sites, num_rows))
-    loss_S = _loss(logits_SN, solution_SE, y_N, penalty_E)
+    loss_S = _loss(logits_SN, solution_SE, positive_N, counts_N, penalty_E)
     open_S = np.ones(num_sites, np.bool_)
     for step in range(1, _MAX_STEPS + 1):
         share_SN = scipy.special.expit(logits_SN)
-        gradient_SE = np.einsum("sne,sn->se", x_SNE, share_SN - y_N) + penalty_E * solution_SE
-        hessian_SEE = _hessian(x_SNE, share_SN * (1 - share_SN), penalty_E)
+        gradient_SE = (
+            np.einsum("sne,sn->se", x_SNE, counts_N * share_SN - positive_N)
+            + penalty_E * solution_SE
+        )
+        hessian_SEE = _hessian(x_SNE, counts_N * (share_SN * (1 - share_SN)), penalty_E)
         try:
             move_SE = -np.linalg.solve(hessian_SEE, gradient_SE[..., None])[..., 0]
         except np.linalg.LinAlgError:
@@ -143,7 +188,7 @@ def _newton(
         size_S1 = np.ones((num_sites, 1))
         for _ in range(_MAX_HALVINGS):
             tried_SE, tried_SN = solution_SE + size_S1 * move_SE, logits_SN + size_S1 * along_SN
-            tried_S = _loss(tried_SN, tried_SE, y_N, penalty_E)
+            tried_S = _loss(tried_SN, tried_SE, positive_N, counts_N, penalty_E)
             # Armijo's rule, with room for the rounding of the loss.
             too_far_S = tried_S > loss_S + 1e-4 * size_S1[:, 0] * slope_S + 1e-12 * (1 + loss_S)
             too_far_S &= open_S
@@ -162,8 +207,14 @@ def _newton(
     )
 
 
-def _loss(logits_SN: Float64, solution_SE: Float64, y_N: Float64, penalty_E: Float64) -> Float64:
-    losses_SN = np.logaddexp(0, logits_SN) - y_N * logits_SN
+def _loss(
+    logits_SN: Float64,
+    solution_SE: Float64,
+    positive_N: Float64,
+    counts_N: Float64,
+    penalty_E: Float64,
+) -> Float64:
+    losses_SN = counts_N * np.logaddexp(0, logits_SN) - positive_N * logits_SN
     return np.asarray(losses_SN.sum(axis=1) + 0.5 * (np.square(solution_SE) @ penalty_E))
 
 

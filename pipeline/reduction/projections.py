@@ -1,6 +1,7 @@
 """Projections of every row on the unit directions: what sigma and held-out scores need.
 
-Shapes: N rows, R rows of a shard, L layers, W width, H heads, D width of a site, S sites.
+Shapes: N rows or samples, R rows of a shard, L layers, W width, H heads, D width of a site,
+S sites.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.reduction.directions import split_heads
 from pipeline.reduction.passes import shard_groups, wait_for
+from pipeline.reduction.samples import Samples
 from store.activations import ActivationCache
 from store.bfloat16 import to_float32
 from store.location import Location
@@ -20,17 +22,19 @@ from store.location import Location
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Projections:
-    """Projections of some rows.
+    """Projections of some rows, or of samples.
 
     Attributes:
-        rows: Int64 [N], rows of the cache.
         values_NS: Float32 [N, S], projections on the unit directions.
         norms_NS: Float32 [N, S], norms of the activations at each site.
     """
 
-    rows: NDArray[np.int64]
     values_NS: NDArray[np.float32]
     norms_NS: NDArray[np.float32]
+
+    def of(self, samples: Samples) -> Projections:
+        """The samples' projections from those of all array rows."""
+        return Projections(samples.of(self.values_NS), samples.of(self.norms_NS))
 
 
 def project(
@@ -56,7 +60,6 @@ def project(
     # The tasks' groups are in the order of the rows.
     parts: list[Projections] = ray.get(references)
     return Projections(
-        np.concatenate([part.rows for part in parts]),
         np.concatenate([part.values_NS for part in parts]),
         np.concatenate([part.norms_NS for part in parts]),
     )
@@ -69,11 +72,10 @@ def _shard_projections(
     directions_LW: dict[str, NDArray[np.float32]],
 ) -> Projections:
     cache = ActivationCache.open(Location.open(store_url), digest)
-    rows, values, norms = [], [], []
+    values, norms = [], []
     for shard in shards:
         columns, lengths = [], []
         for stream, layout in cache.streams.items():
-            rows_of_shard = layout.shard_rows(shard)
             for position, layer in enumerate(layout.layers):
                 h_RW = to_float32(cache.read_layer(stream, layer, shard))
                 h_RHD = split_heads(h_RW, layout)
@@ -81,7 +83,6 @@ def _shard_projections(
                 u_HD /= np.maximum(np.linalg.norm(u_HD, axis=-1, keepdims=True), 1e-300)
                 columns.append(np.einsum("rhd,hd->rh", h_RHD, u_HD.astype(np.float32)))
                 lengths.append(np.linalg.norm(h_RHD, axis=-1))
-        rows.append(np.arange(rows_of_shard.start, rows_of_shard.stop))
         values.append(np.concatenate(columns, axis=1))
         norms.append(np.concatenate(lengths, axis=1))
-    return Projections(np.concatenate(rows), np.concatenate(values), np.concatenate(norms))
+    return Projections(np.concatenate(values), np.concatenate(norms))

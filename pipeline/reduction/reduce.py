@@ -4,7 +4,7 @@ Two passes of Ray tasks over the cache. The first fits directions on the trainin
 projects every row on them, which is what sigma and the held-out scores need. Activations do not
 leave a task, but for pairs that lie in different shards.
 
-Shapes: N rows, P pairs, L layers, W width, H heads, D width of a site, S sites.
+Shapes: N samples, P pairs, L layers, W width, H heads, D width of a site, S sites.
 """
 
 from __future__ import annotations
@@ -21,12 +21,20 @@ from pipeline.errors import InvalidInput, NotFound
 from pipeline.ray_runtime import ray_session
 from pipeline.reduction.components import OrderedPairs, sign_by_pairs
 from pipeline.reduction.directions import site_names, split_heads
-from pipeline.reduction.fits import Fit, fit_all_probes, fit_components, fit_means, num_tasks
+from pipeline.reduction.fits import (
+    Fit,
+    TrainingCounts,
+    fit_all_probes,
+    fit_components,
+    fit_means,
+    num_tasks,
+)
 from pipeline.reduction.methods import complete_parameters
 from pipeline.reduction.pairs import Pairs, check_pairs, find_pairs, pair_order
 from pipeline.reduction.passes import shard_groups
 from pipeline.reduction.projections import Projections, project
 from pipeline.reduction.results import Reduction, reduction_digest
+from pipeline.reduction.samples import read_samples
 from pipeline.reduction.scores import accuracy, auroc, cohens_d, pair_accuracy
 from store.activations import ActivationCache
 from store.location import Location
@@ -50,6 +58,9 @@ def reduce(
     with, ``test`` to report. HSI and ITI take direction and sigma over train and validation
     together (METHODS 1): ours leave validation out, so that a site's validation score is of rows
     that its direction has not seen.
+
+    A sample is an entry of the cache's index. Those in quarantined rows are left out, with the
+    others of their pairs; the result says how many.
 
     The methods:
 
@@ -86,9 +97,8 @@ def reduce(
             "run `steerage extract` on the same run file first",
             kind="cache_incomplete",
         )
-    index = cache.index()
-    label_N = index["label"].to_numpy()
-    split_N = index["split"].to_numpy(zero_copy_only=False)
+    samples = read_samples(cache)
+    index, label_N, split_N = samples.index, samples.label_N, samples.split_N
     train_N = split_N == "train"
     for name, num in (
         ("positive", (train_N & label_N).sum()),
@@ -103,6 +113,7 @@ def reduce(
     pairs = find_pairs(index, train_N)
     if method == "pca":
         check_pairs(pairs, index, method=method, where=f"cache {cache.digest[:12]}")
+    counts = TrainingCounts(samples.counts(train_N & label_N), samples.counts(train_N & ~label_N))
     num_fits = num_tasks(cache, method)
     total = num_fits + len(shard_groups(cache.num_shards))
     with ray_session(address, num_workers):
@@ -113,17 +124,20 @@ def reduce(
         match method:
             case "pca":
                 signs_P = pair_order(pairs.names, int(parameters["pair_order_seed"]))
-                ordered = OrderedPairs(pairs.positive_P, pairs.negative_P, signs_P)
+                ordered = OrderedPairs(
+                    samples.row_N[pairs.positive_P], samples.row_N[pairs.negative_P], signs_P
+                )
                 fit = fit_components(cache, root, ordered, on_fit)
             case "probe":
                 fit = fit_all_probes(
-                    cache, root, train_N, label_N, l2=float(parameters["l2"]), on_done=on_fit
+                    cache, root, counts, l2=float(parameters["l2"]), on_done=on_fit
                 )
             case _:
-                fit = fit_means(cache, root, on_fit)
+                fit = fit_means(cache, root, counts, on_fit)
+        _check_finite(cache, fit)
         projections = project(
             cache, root, fit.directions_LW, lambda done: on_progress(num_fits + done, total)
-        )
+        ).of(samples)
     in_doubt: list[str] = []
     if method == "pca":
         fit, projections, in_doubt = _oriented(cache, fit, projections, pairs)
@@ -140,7 +154,21 @@ def reduce(
             for name, label in (("positive", True), ("negative", False))
         },
         signs_in_doubt=in_doubt,
+        left_out=samples.left_out,
     )
+
+
+def _check_finite(cache: ActivationCache, fit: Fit) -> None:
+    for stream, vectors_LW in fit.directions_LW.items():
+        finite_L = np.isfinite(vectors_LW).all(axis=1)
+        if not finite_L.all():
+            layer = cache.streams[stream].layers[int(np.argmin(finite_L))]
+            raise InvalidInput(
+                f"cache {cache.digest[:12]}: the direction at {stream}.{layer} is not finite, so "
+                "rows that are not in quarantine hold NaN or infinity; run `steerage verify`, "
+                "which finds a quarantine that was lost",
+                kind="not_finite",
+            )
 
 
 def _oriented(
@@ -173,7 +201,7 @@ def _oriented(
         sign_LH1 = rest_S[:num_sites].reshape(*heads_LHD.shape[:2], 1)
         rest_S = rest_S[num_sites:]
         oriented[stream] = (heads_LHD * sign_LH1).reshape(fit.directions_LW[stream].shape)
-    turned = Projections(projections.rows, values_NS * sign_S, projections.norms_NS)
+    turned = Projections(values_NS * sign_S, projections.norms_NS)
     return Fit(oriented, fit.threshold_S), turned, in_doubt
 
 

@@ -65,7 +65,7 @@ class Reduction:
         digest: See `reduction_digest`.
         capture: The Capture's JSON.
         method: How the directions were computed.
-        counts: Rows by split and class.
+        counts: Samples by split and class.
         directions_LW: Float32 [L, W] by stream.
         scores: One row a site: norm, sigma, activation_norm, and auroc, accuracy, cohens_d and
             pair_accuracy on the splits validation and test.
@@ -73,6 +73,7 @@ class Reduction:
         parameters: The method's.
         signs_in_doubt: Sites where most training pairs and the class means disagree about which
             side is the positive class (``pca`` only).
+        left_out: Samples that were left out, as they or others of their pairs are in quarantine.
     """
 
     digest: str
@@ -86,6 +87,7 @@ class Reduction:
     location: Location
     parameters: Mapping[str, int | float] = field(default_factory=dict)
     signs_in_doubt: tuple[str, ...] = ()
+    left_out: int = 0
 
     @classmethod
     def exists(cls, root: Location, digest: str) -> bool:
@@ -104,6 +106,7 @@ class Reduction:
         scores: pa.Table,
         counts: Mapping[str, int],
         signs_in_doubt: Sequence[str] = (),
+        left_out: int = 0,
     ) -> Reduction:
         """Store a result. What a killed run has left of the same result is replaced."""
         digest = reduction_digest(cache.digest, method, parameters)
@@ -125,6 +128,8 @@ class Reduction:
         } | _parameter_field(parameters)
         if signs_in_doubt:
             record["signs_in_doubt"] = list(signs_in_doubt)
+        if left_out:
+            record["left_out"] = left_out
         location.put_same("reduction.json", canonical_json(record))
         return cls.open(root, digest)
 
@@ -155,6 +160,7 @@ class Reduction:
             location=location,
             parameters=record.get("parameters", {}),
             signs_in_doubt=tuple(record.get("signs_in_doubt", ())),
+            left_out=record.get("left_out", 0),
         )
 
     def direction(self, site: Site) -> Direction:
