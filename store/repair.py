@@ -12,7 +12,7 @@ import numpy.typing as npt
 from store.commits import CommitLog, record_key, shard_of_record
 from store.creation import COMPLETE
 from store.digest import sha256_hex
-from store.errors import Conflict, Corrupt, NotFound, Unavailable
+from store.errors import Conflict, Corrupt, InvalidInput, NotFound, StoreError, Unavailable
 from store.layout import StreamLayout
 from store.quarantine import Quarantine, object_key
 from store.reading import describe_shard
@@ -30,7 +30,9 @@ _OBJECT = re.compile(r"([a-z][a-z0-9_]*)/c/([0-9]+)/0/0")
 
 
 def find_and_mark(
-    cache: ActivationCache, on_checked: Callable[[int], None] = lambda num_bytes: None
+    cache: ActivationCache,
+    on_checked: Callable[[int], None] = lambda num_bytes: None,
+    on_unmarked: Callable[[StoreError], None] = lambda error: None,
 ) -> Iterator[Problem]:
     """Verify a cache, leaving a mark for each damaged shard as soon as it is found.
 
@@ -38,9 +40,11 @@ def find_and_mark(
     among the problems. Marks of shards that turn out to be sound, as after a restore from a backup,
     are removed.
 
-    Raises:
-        InvalidInput, Unavailable: The store takes no marks. `cache.verify` finds the damage without
-            leaving any.
+    Args:
+        cache: Complete or not.
+        on_checked: See `ActivationCache.verify`.
+        on_unmarked: Called with the error where the store takes no marks, as one that is full or
+            may only be read.
     """
     is_complete = cache.is_complete
     sound = {
@@ -53,10 +57,16 @@ def find_and_mark(
         if problem.kind == "not_committed" and not is_complete:
             continue
         if problem.stream:
-            leave_mark(cache, problem)
+            try:
+                leave_mark(cache, problem)
+            except (InvalidInput, Unavailable) as error:
+                on_unmarked(error)
         yield problem
     for stream, shard in _marks(cache) & sound:
-        remove_mark(cache, stream, shard)
+        try:
+            remove_mark(cache, stream, shard)
+        except (InvalidInput, Unavailable) as error:
+            on_unmarked(error)
 
 
 def leave_mark(cache: ActivationCache, problem: Problem) -> None:

@@ -54,7 +54,7 @@ def _configure(
 def main() -> None:
     """Run the command line; the process's exit code says how it went."""
     # Imported here so that `app` exists when they register their commands.
-    from pipeline.cli import batch, evaluate, node, operate, repro, train  # noqa: F401
+    from pipeline.cli import batch, evaluate, node, operate, repro, train, verify  # noqa: F401
 
     try:
         app()
