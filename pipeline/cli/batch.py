@@ -222,4 +222,6 @@ def print_reduction(summary: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if summary.get("left_out"):
+        stdout.print(f"left out as quarantined, with their pairs: {summary['left_out']:,} samples")
     stdout.print(f"written to {summary['path']}", highlight=False, soft_wrap=True)
