@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from pipeline.errors import InvalidInput
+from pipeline.extraction.devices import moved
 from pipeline.prompts.trie import Pack
 
 NAME: Final = "steerage_trie"
@@ -42,11 +43,13 @@ class _Block:
 
     Attributes:
         keys: Ranges of the keys that any of them attends to: those above the block, then its own.
+        chain: Whether nothing is above it and each node is the only child of the one before.
     """
 
     start: int
     stop: int
     keys: tuple[tuple[int, int], ...]
+    chain: bool
 
 
 @dataclass(slots=True)
@@ -70,13 +73,17 @@ class PackAttention:
     kept: list[Carried] = field(default_factory=list)
     _blocks: tuple[_Block, ...] = ()
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    _ends: Tensor = field(init=False)
+    _positions: Tensor = field(init=False)
     _keep: Tensor | None = None
     _calls: int = 0
 
     def __post_init__(self) -> None:
         self._blocks = tuple(_blocks(self.pack, _BLOCK_NODES[self.device.type]))
+        self._ends = moved(torch.from_numpy(self.pack.ends), self.device)
+        self._positions = moved(torch.from_numpy(self.pack.positions), self.device)
         if len(self.pack.keep):
-            self._keep = torch.from_numpy(self.pack.keep).to(self.device)
+            self._keep = moved(torch.from_numpy(self.pack.keep), self.device)
 
     def begin(self, carried: list[Carried]) -> None:
         """Begin the pass anew, or, where layers are run one by one, the next of them.
@@ -109,18 +116,17 @@ class PackAttention:
             yield block, self._masks[cached]
 
     def _mask(self, block: _Block, window: int | None) -> Tensor | None:
-        pack, carried = self.pack, self.pack.carried
-        own = np.arange(carried + block.start, carried + block.stop)
-        keys = np.concatenate([np.arange(a, b) for a, b in block.keys])
-        allowed = (keys[None] <= own[:, None]) & (own[:, None] < pack.ends[keys][None])
+        # Made on the device: on a GPU it would cost the host more than the attention costs there.
+        carried = self.pack.carried
+        own = torch.arange(carried + block.start, carried + block.stop, device=self.device)
+        keys = torch.cat([torch.arange(a, b, device=self.device) for a, b in block.keys])
+        allowed = (keys[None] <= own[:, None]) & (own[:, None] < self._ends[keys][None])
         if window is not None:
-            distance = pack.positions[own][:, None] - pack.positions[keys][None]
-            allowed &= distance < window
-        if len(keys) == len(own) and np.array_equal(allowed, np.tri(len(own), dtype=bool)):
+            allowed &= self._positions[own][:, None] - self._positions[keys][None] < window
+        if block.chain and (window is None or len(own) <= window):
             return None
-        mask = torch.zeros(allowed.shape, dtype=self.dtype)
-        mask.masked_fill_(torch.from_numpy(~allowed), -torch.inf)
-        return mask.to(self.device)
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~allowed, -torch.inf)
 
 
 _CURRENT: ContextVar[PackAttention] = ContextVar("pack attention")
@@ -242,7 +248,8 @@ def _blocks(pack: Pack, block_nodes: int) -> Iterator[_Block]:
                 stop = int(ends[stop])
         above = np.flatnonzero(ends[:key] > key)
         keys = np.concatenate([above, np.arange(key, stop)])
-        yield _Block(key - carried, stop - carried, _as_ranges(keys))
+        chain = not len(above) and bool((np.diff(positions[key:stop]) == 1).all())
+        yield _Block(key - carried, stop - carried, _as_ranges(keys), chain)
         key = stop
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.extraction.attention import NAME, Carried, attending
+from pipeline.extraction.devices import moved
 from pipeline.extraction.gather import Buffers, ShardResult
 from pipeline.extraction.models import DtypeName, load_body
 from pipeline.extraction.passes import Pass, Passes, ShardWork
@@ -111,7 +112,7 @@ class ResidentEngine:
 
     def _run(self, one: Pass, carried: list[Carried], buffers: Buffers | None) -> list[Carried]:
         """Run a pass and write its rows; what the next one carries."""
-        inputs = {name: value.to(self._device) for name, value in one.inputs.items()}
+        inputs = {name: moved(value, self._device) for name, value in one.inputs.items()}
         with torch.inference_mode(), tapped(one, carried, buffers, self.sites):
             self.body(**inputs, use_cache=False)
         return [] if one.attention is None else one.attention.kept

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.extraction.devices import moved
 from pipeline.extraction.models import DTYPES
 from pipeline.prompts.trie import Pack, PlannedPrompt
 from steering_service.adapters.hooks import Tap
@@ -193,6 +194,6 @@ class _Moved:
     def on(self, device: torch.device) -> tuple[Any, ...]:
         if device not in self._at:
             self._at[device] = tuple(
-                None if tensor is None else tensor.to(device) for tensor in self._tensors
+                None if tensor is None else moved(tensor, device) for tensor in self._tensors
             )
         return self._at[device]

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import psutil
 import torch
 from torch import Tensor
 
 from pipeline.extraction.attention import NAME, Carried
+from pipeline.extraction.devices import free_memory, moved
 from pipeline.extraction.engine import ResidentEngine, ShardResult, drop_blocks, tapped
 from pipeline.extraction.gather import Buffers
 from pipeline.extraction.models import DTYPES, DtypeName
@@ -150,7 +150,7 @@ class StreamedEngine:
 
     def _begin(self, one: Pass, buffers: Buffers | None, before: _Running | None) -> _Running:
         """Run a pass up to the first block, and note what blocks are called with."""
-        inputs = {name: value.to(self._device) for name, value in one.inputs.items()}
+        inputs = {name: moved(value, self._device) for name, value in one.inputs.items()}
         with torch.inference_mode():
             recording = record_calls(self._body.body, self._body.block_list, **inputs)
         return _Running(one, buffers, before, recording, recording.hidden)
@@ -169,13 +169,6 @@ class StreamedEngine:
             for pack in running:
                 if pack.one.attention is not None:
                     pack.one.attention.begin([])
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _first_layers(layout: StreamLayout, num_layers: int) -> StreamLayout | None:
