@@ -18,9 +18,9 @@ from pipeline.reduction.methods import Method, complete_parameters
 from steering_service.core.controller import Mode, check_order
 from steering_service.core.errors import SteeringError
 from steering_service.core.intervention import Operation, Positions, StrengthUnit
-from steering_service.core.site import Site
+from steering_service.core.site import Site, Stream
 
-CaptureStream = Literal["resid_pre", "resid_post", "z"]
+CaptureStream = Stream
 Split = Literal["train", "validation", "test"]
 
 

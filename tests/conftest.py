@@ -107,9 +107,60 @@ def build_config(family: str, **changes: Any) -> Any:
                 initializer_range=0.2,
                 **changes,
             )
+        case "llama-mha":
+            config = transformers.LlamaConfig(**sizes | {"num_key_value_heads": 8} | changes)
+        case "qwen3-moe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            # Block 1 has a plain MLP, as Qwen3-MoE's mlp_only_layers allow.
+            mixed = wide | experts | {"mlp_only_layers": [1]}
+            config = transformers.Qwen3MoeConfig(**sizes | mixed | changes)
+        case "gemma":
+            config = transformers.GemmaConfig(**sizes | wide | changes)
+        case "gemma3":
+            gemma = wide | {"sliding_window": 5, "layer_types": _one_full_layer()}
+            config = transformers.Gemma3TextConfig(**sizes | gemma | changes)
+        case "gpt-neox-sequential":
+            sizes.pop("num_key_value_heads")
+            config = transformers.GPTNeoXConfig(
+                **sizes | {"use_parallel_residual": False} | changes
+            )
+        case "olmo2":
+            config = transformers.Olmo2Config(**sizes | changes)
+        case "falcon":
+            # Falcon 40B and later: grouped heads, a norm each for attention and MLP.
+            falcon = {"new_decoder_architecture": True, "num_kv_heads": 4, "ffn_hidden_size": 96}
+            config = transformers.FalconConfig(**sizes | falcon | changes)
+        case "falcon-7b":
+            falcon = {"multi_query": True, "parallel_attn": True, "ffn_hidden_size": 96}
+            config = transformers.FalconConfig(**sizes | falcon | changes)
+        case "falcon-rw":
+            # Sequential, with ALiBi and biases.
+            falcon = {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}
+            config = transformers.FalconConfig(**sizes | falcon | changes)
+        case "granite":
+            scales = {"residual_multiplier": 0.22, "attention_multiplier": 0.125}
+            config = transformers.GraniteConfig(**sizes | scales | changes)
+        case "cohere":
+            config = transformers.CohereConfig(**sizes | {"use_qk_norm": True} | changes)
+        case "cohere2":
+            cohere = wide | {"sliding_window": 5, "layer_types": _one_full_layer()}
+            config = transformers.Cohere2Config(**sizes | cohere | changes)
+        case "phi":
+            config = transformers.PhiConfig(**sizes | changes)
+        case "stablelm":
+            config = transformers.StableLmConfig(**sizes | changes)
+        case "stablelm-parallel":
+            config = transformers.StableLmConfig(
+                **sizes | {"use_parallel_residual": True} | changes
+            )
         case _:
             raise ValueError(family)
     return config
+
+
+def _one_full_layer() -> list[str]:
+    """Two layers with a sliding window around one without."""
+    return ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def save_model(

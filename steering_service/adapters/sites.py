@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import nn
 
+from steering_service.adapters.wiring import Wiring, trace
 from steering_service.core.errors import InvalidInput
 from steering_service.core.site import Site, Stream
 
@@ -19,7 +20,7 @@ class ModelSites:
 
     Attributes:
         body: The decoder without a language-model head.
-        blocks: Its blocks, in order.
+        blocks: Its blocks, in order; a tied block stands at several places.
         num_heads: Query heads.
         head_dim: Width of one head.
         d_model: Width of the residual stream.
@@ -30,6 +31,10 @@ class ModelSites:
     num_heads: int
     head_dim: int
     d_model: int
+    _wirings: dict[int, Wiring] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _projections: dict[int, nn.Module] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSites:
@@ -75,12 +80,16 @@ class ModelSites:
         """Width of a stream: d_model, or heads times head_dim for ``z``."""
         return self.num_heads * self.head_dim if stream == "z" else self.d_model
 
-    def check(self, site: Site) -> None:
+    def check(self, site: Site, *, edit: bool = False) -> None:
         """Refuse a Site that this model does not have.
 
+        Args:
+            edit: Whether the site is to be edited as well.
+
         Raises:
-            InvalidInput: Layer or head out of range, a stream that is not supported yet, or no
-                attention output projection for ``z``.
+            InvalidInput: Layer or head out of range, no attention output projection for ``z``, a
+                block inside which the stream cannot be found, ``resid_mid`` of a parallel block, or
+                of one in which it can only be read.
         """
         if site.layer >= self.num_layers:
             raise InvalidInput(
@@ -91,45 +100,91 @@ class ModelSites:
                 f"site {site}: the model has query heads 0 to {self.num_heads - 1}",
                 kind="site_head",
             )
-        if site.stream not in ("resid_pre", "resid_post", "z"):
-            raise InvalidInput(
-                f"site {site}: this version reads and edits resid_pre, resid_post and z",
-                kind="site_unsupported",
-            )
         if site.stream == "z":
             self.output_projection(site.layer)
+        elif site.stream in ("attn_out", "mlp_out"):
+            self.wiring(site.layer)
+        elif site.stream == "resid_mid":
+            self._check_mid(site, edit)
+
+    def _check_mid(self, site: Site, edit: bool) -> None:
+        wiring = self.wiring(site.layer)
+        block = f"block {site.layer} ({type(self.blocks[site.layer]).__name__})"
+        if wiring.mid is None:
+            raise InvalidInput(
+                f"site {site}: {block} is parallel: attention and MLP both read resid_pre, so "
+                "there is no stream between them; use resid_pre, resid_post, attn_out or mlp_out",
+                kind="site_parallel",
+            )
+        if edit and not wiring.mid_is_shared:
+            raise InvalidInput(
+                f"site {site}: {block} hands its MLP another tensor than the one that it adds to, "
+                "so resid_mid can be read but not edited here; edit attn_out or resid_post",
+                kind="site_read_only",
+            )
+
+    def is_tied(self, layer: int) -> bool:
+        """Whether the block stands at other places too, so that its calls must be counted."""
+        return sum(block is self.blocks[layer] for block in self.blocks) > 1
+
+    def wiring(self, layer: int) -> Wiring:
+        """What a block adds to the residual stream, and where.
+
+        Raises:
+            InvalidInput: See `steering_service.adapters.wiring.trace`.
+        """
+        if layer not in self._wirings:
+            self._wirings[layer] = trace(self.blocks[layer], self.d_model, f"block {layer}")
+        return self._wirings[layer]
 
     def output_projection(self, layer: int) -> nn.Module:
         """The attention output projection of a block; its input is the stream ``z``.
 
+        It is known by its name, or else by being the only one of its shape in the attention.
+
         Raises:
-            InvalidInput: None of the names that families use, with the right width, was found.
+            InvalidInput: None or several were found.
         """
+        if layer not in self._projections:
+            self._projections[layer] = self._find_projection(layer)
+        return self._projections[layer]
+
+    def _find_projection(self, layer: int) -> nn.Module:
         block = self.blocks[layer]
         width = self.num_heads * self.head_dim
-        found: list[nn.Module] = [
+        named: list[nn.Module] = [
             module
             for name, module in block.named_modules()
             if name.rsplit(".", 1)[-1] in _OUTPUT_PROJECTIONS
             and any(word in name.lower() for word in ("attn", "attention"))
-            and _in_features(module) == width
+            and (_features(module) or (0,))[0] == width
         ]
-        if len(found) != 1:
-            children = [name for name, module in block.named_modules() if _in_features(module)]
-            raise InvalidInput(
-                f"block {layer} ({type(block).__name__}): looked for one attention output "
-                f"projection named {', '.join(_OUTPUT_PROJECTIONS)} with {width} inputs "
-                f"({self.num_heads} heads of {self.head_dim}), found {len(found)} among {children}",
-                kind="model_output_projection",
-            )
-        return found[0]
+        if len(named) == 1:
+            return named[0]
+        try:
+            inside = self.wiring(layer).attention
+        except InvalidInput as error:
+            why = f"; by shape: {error}"
+        else:
+            shaped = [m for m in inside.modules() if _features(m) == (width, self.d_model)]
+            if len(shaped) == 1:
+                return shaped[0]
+            why = f", and {len(shaped)} projections of {width} to {self.d_model} in the attention"
+        children = [name for name, module in block.named_modules() if _features(module)]
+        raise InvalidInput(
+            f"block {layer} ({type(block).__name__}): looked for one attention output projection "
+            f"named {', '.join(_OUTPUT_PROJECTIONS)} with {width} inputs ({self.num_heads} heads "
+            f"of {self.head_dim}), found {len(named)} among {children}{why}",
+            kind="model_output_projection",
+        )
 
 
-def _in_features(module: nn.Module) -> int | None:
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """How many inputs and outputs a projection has; None for other modules."""
     if isinstance(module, nn.Linear):
-        return module.in_features
+        return module.in_features, module.out_features
     # transformers' Conv1D (GPT-2) keeps its weight as [in, out].
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and weight is not None:
-        return int(weight.shape[0])
+        return int(weight.shape[0]), int(weight.shape[1])
     return None

@@ -23,10 +23,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from steering_service.adapters.deciding import Deciding
-from steering_service.adapters.hooks import Tap, attach
+from steering_service.adapters.hooks import Handle, Tap, attach
 from steering_service.adapters.sites import ModelSites
 from steering_service.core.artifact import Artifact
 from steering_service.core.controller import Decision
@@ -126,6 +125,7 @@ def fits(model: nn.Module) -> Callable[[Artifact], None]:
 
 def _check(sites: ModelSites, artifact: Artifact) -> None:
     for item in artifact.interventions:
+        sites.check(item.site, edit=True)
         expected, got = _width(sites, item.site), item.direction.vector_D.shape[0]
         if got != expected:
             raise InvalidInput(
@@ -176,7 +176,7 @@ class Steering:
         self._source = source
         self._deployed: Deployed | None = None
         self._refused: str | None = None
-        self._taps: list[RemovableHandle] = []
+        self._taps: list[Handle] = []
         self._given_prompt_T: int | Tensor | None = None
         self._prompt_T: int | Tensor = 0
         self._cached = 0

@@ -24,6 +24,21 @@ FAMILIES = {
     "mixtral": ("model.layers", "self_attn.o_proj"),
     "gpt-neox": ("gpt_neox.layers", "attention.dense"),
     "gpt2": ("transformer.h", "attn.c_proj"),
+    "llama-mha": ("model.layers", "self_attn.o_proj"),
+    "qwen3-moe": ("model.layers", "self_attn.o_proj"),
+    "gemma": ("model.layers", "self_attn.o_proj"),
+    "gemma3": ("model.layers", "self_attn.o_proj"),
+    "gpt-neox-sequential": ("gpt_neox.layers", "attention.dense"),
+    "olmo2": ("model.layers", "self_attn.o_proj"),
+    "falcon": ("transformer.h", "self_attention.dense"),
+    "falcon-7b": ("transformer.h", "self_attention.dense"),
+    "falcon-rw": ("transformer.h", "self_attention.dense"),
+    "granite": ("model.layers", "self_attn.o_proj"),
+    "cohere": ("model.layers", "self_attn.o_proj"),
+    "cohere2": ("model.layers", "self_attn.o_proj"),
+    "phi": ("model.layers", "self_attn.dense"),
+    "stablelm": ("model.layers", "self_attn.o_proj"),
+    "stablelm-parallel": ("model.layers", "self_attn.o_proj"),
 }
 IDS_1T = torch.arange(7)[None]
 
@@ -38,7 +53,8 @@ def test_modules_are_those_of_the_family(load_model: Any, family: str) -> None:
         expected = model.get_submodule(f"{blocks}.{layer}.{projection}")
         assert sites.output_projection(layer) is expected
     assert (sites.num_heads, sites.d_model) == (8, 64)
-    assert sites.head_dim == (16 if family in ("llama-wide-heads", "qwen3", "gemma2") else 8)
+    wide = ("llama-wide-heads", "qwen3", "qwen3-moe", "gemma", "gemma2", "gemma3", "cohere2")
+    assert sites.head_dim == (16 if family in wide else 8)
     assert ModelSites.of(sites.body).blocks == sites.blocks
 
 
@@ -64,13 +80,17 @@ def ramp(h_BTW: torch.Tensor) -> torch.Tensor:
     return torch.linspace(-1, 1, h_BTW.shape[-1])
 
 
-@pytest.mark.parametrize("stream", ["resid_pre", "resid_post", "z"])
+@pytest.mark.parametrize(
+    "stream", ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_tap_returns_is_what_the_model_goes_on_with(
     load_model: Any, family: str, stream: Any
 ) -> None:
     model = load_model(family)
     sites = ModelSites.of(model)
+    if stream == "resid_mid" and sites.wiring(1).mid is None:
+        pytest.skip("a parallel block has no resid_mid")
     with torch.inference_mode():
         plain = model(IDS_1T, use_cache=False).logits
         with hooked(sites, {Site(stream, 1): lambda h: h.clone()}):
@@ -115,7 +135,7 @@ def test_tuple_outputs_keep_what_follows_the_hidden_states(model: Any) -> None:
     [
         ("resid_post.3", "site_layer"),
         ("z.0.8", "site_head"),
-        ("mlp_out.0", "site_unsupported"),
+        ("mlp_out.3", "site_layer"),
     ],
 )
 def test_sites_that_the_model_lacks_are_refused(model: Any, site: str, kind: str) -> None:
