@@ -113,7 +113,8 @@ class Deciding:
         else:
             assert self._at_B is not None
             taken_BW = h_BTW[:, self._at_B]
-        return taken_BW[:, start:stop].detach().float()
+        # A copy: a model may write into what a tap sees (Falcon adds attn_out into mlp_out).
+        return taken_BW[:, start:stop].detach().to(torch.float32, copy=True)
 
     def _decide(
         self, reads_BR: np.ndarray[tuple[int, ...], np.dtype[np.float32]], num: int

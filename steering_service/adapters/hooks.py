@@ -126,9 +126,12 @@ def _attach_branch(branch: Branch, tap: Tap) -> Handle:
         replacement_BTD = tap(added_BTD)
         if replacement_BTD is None:
             return None
-        # The block multiplies again: what was not edited keeps its bits.
-        unscaled_BTD = replacement_BTD / branch.scale
-        return torch.where(replacement_BTD == added_BTD, h_BTD, unscaled_BTD.to(h_BTD.dtype))
+        # The block multiplies again: what was not edited keeps its bits, and its gradient.
+        unscaled_BTD = (replacement_BTD / branch.scale).to(h_BTD.dtype)
+        exact_BTD = torch.where(replacement_BTD == added_BTD, h_BTD, unscaled_BTD)
+        if not unscaled_BTD.requires_grad:
+            return exact_BTD
+        return unscaled_BTD + (exact_BTD - unscaled_BTD).detach()
 
     return branch.end.register_forward_hook(_after(scaled))
 

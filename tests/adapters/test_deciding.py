@@ -98,6 +98,41 @@ def _reads(model: Any, prompt_1T: torch.Tensor) -> np.ndarray[Any, Any]:
     return torch.cat(seen).numpy()[None]
 
 
+def test_what_a_model_overwrites_is_read_before(
+    load_model: Any, artifact_of: Any, prompts: list[torch.Tensor]
+) -> None:
+    """Falcon adds what attention makes into the tensor that its MLP returned."""
+    model = load_model("falcon")
+    generator = np.random.default_rng(0)
+    shapes = ((2 * 64, 6), (6,), (6, 2), (2,))
+    arrays = [0.1 * generator.standard_normal(shape).astype(np.float32) for shape in shapes]
+    reads = (Site.parse("mlp_out.0"), Site.parse("resid_post.0"))
+    controller = Controller(reads, *arrays)
+    artifact = artifact_of(None)
+    artifact = build(
+        artifact.interventions[:1],
+        name="gated",
+        model=artifact.manifest.model,
+        policy=artifact.manifest.policy,
+        controller=controller,
+    )
+    seen: list[torch.Tensor] = []
+    block = model.transformer.h[0]
+    hooks = [
+        block.mlp.register_forward_hook(lambda _m, _a, out: seen.append(out[0, -1].clone())),
+        block.register_forward_hook(lambda _m, _a, out: seen.append(out[0][0, -1].clone())),
+    ]
+    with torch.inference_mode():
+        model(prompts[0])
+        for hook in hooks:
+            hook.remove()
+        with steered(model, artifact, 0.5) as steering:
+            model(prompts[0])
+    assert steering.decision is not None
+    want = controller.decide(torch.cat(seen).numpy()[None])
+    np.testing.assert_allclose(steering.decision.logit_B, want.logit_B, rtol=1e-5)
+
+
 def test_each_row_of_a_batch_is_steered_by_its_own_decision(
     model: Any, artifact_of: Any, make_intervention: Any, prompts: list[torch.Tensor]
 ) -> None:

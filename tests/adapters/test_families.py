@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from pipeline.extraction.models import ModelInfo
 from steering_service.adapters.hooks import hooked
 from steering_service.adapters.sites import ModelSites
 from steering_service.adapters.sums import check_sums
@@ -199,6 +200,16 @@ def test_sums_hold_on_real_tokens(load: Load, family: str, dtype: torch.dtype) -
     check_sums(ModelSites.of(load(family, dtype)), IDS_BT, streams_of(family))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_widths_are_known_without_the_weights(
+    load: Load, make_model: Callable[..., Path], family: str
+) -> None:
+    info, sites = ModelInfo.read(make_model(family)), ModelSites.of(load(family))
+    for stream in STREAMS:
+        assert info.width(stream) == sites.width(stream)
+    assert (info.num_layers, info.num_heads) == (sites.num_layers, sites.num_heads)
+
+
 def add(width: int) -> Tensor:
     """Not a constant, which a layer norm would take away; a short binary fraction."""
     return (torch.arange(width) % 7 - 3) / 8
@@ -275,7 +286,7 @@ def test_gradients_flow_through_an_edit(load: Load, family: str, stream: Stream)
     for ours in (True, False):
         delta = add(64).requires_grad_()
         # The product needs the values from before the edit for its gradient.
-        taps = {Site(stream, 1): lambda h, delta=delta: h + delta * (h * 0 + 1)}
+        taps = {Site(stream, 1): lambda h, delta=delta: h + delta + 0 * (delta * h)}
         context = hooked(sites, taps) if ours else raw_hooks([(module, add_to_output, False)])
         with context:
             model(IDS_BT, use_cache=False).logits.square().sum().backward()

@@ -109,7 +109,7 @@ def test_a_deployment_that_does_not_fit_leaves_the_last_good_one(
         Fixed(make_artifact([fits, make_intervention("resid_post.9", 64)]), 1.0),
         Fixed(make_artifact([fits, make_intervention("z.1", 64)]), 1.0),
         Fixed(make_artifact([fits, make_intervention("z.1.8", 16)]), 1.0),
-        Fixed(make_artifact([fits, make_intervention("mlp_out.1", 64)]), 1.0),
+        Fixed(make_artifact([fits, make_intervention("mlp_out.1", 63)]), 1.0),
         # Outside the signed policy, whatever the service says.
         Fixed(make_artifact([fits], limits=(0.0, 0.5)), 0.6),
     ]
@@ -148,10 +148,14 @@ def test_a_chat_that_keeps_its_cache_follows_at_its_next_turn(
 
 
 def test_a_subscriptions_check_refuses_what_the_model_lacks(
-    model: Any, artifact: Any, make_artifact: Any, make_intervention: Any
+    model: Any, load_model: Any, artifact: Any, make_artifact: Any, make_intervention: Any
 ) -> None:
     check = fits(model)
     check(artifact)
-    for site, width in (("resid_post.9", 64), ("resid_post.1", 63), ("mlp_out.1", 64)):
+    for site, width in (("resid_post.9", 64), ("resid_post.1", 63), ("mlp_out.1", 63)):
         with pytest.raises(InvalidInput):
             check(make_artifact([make_intervention(site, width)]))
+    between = make_artifact([make_intervention("resid_mid.1", 64)])
+    check(between)
+    with pytest.raises(InvalidInput, match="is parallel"):
+        fits(load_model("gpt-neox"))(between)

@@ -12,7 +12,15 @@ from steering_service.adapters.sites import ModelSites
 from steering_service.adapters.transformers import steered
 from steering_service.core.errors import InvalidInput, Refused
 
-SITES = {"resid_post.1": 64, "resid_pre.1": 64, "z.1": 128, "z.1.5": 16}
+SITES = {
+    "resid_post.1": 64,
+    "resid_mid.1": 64,
+    "resid_pre.1": 64,
+    "attn_out.1": 64,
+    "mlp_out.1": 64,
+    "z.1": 128,
+    "z.1.5": 16,
+}
 
 
 def _hooks(model: torch.nn.Module) -> list[int]:
@@ -69,7 +77,7 @@ def test_no_hook_is_left(
     artifact = make_artifact([make_intervention(site, width) for site, width in SITES.items()])
     with steered(model, artifact, 1.0):
         # One on the body, and one a stream and layer: both z sites share theirs.
-        assert len(_hooks(model)) == len(before) + 4
+        assert len(_hooks(model)) == len(before) + 7
         _logits(model, ids_BT)
     assert _hooks(model) == before
     with pytest.raises(KeyError, match="in the middle"), steered(model, artifact, 1.0):  # noqa: PT012

@@ -68,7 +68,7 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
         (GOOD + "validation_share = 0.5\ntest_share = 0.5\n", "leave nothing to train on"),
         (GOOD + "[capture]\nlayers = []\n", "capture.layers"),
         (GOOD + '[capture]\ntokens = "-0"\n', "capture.tokens"),
-        (GOOD + '[capture]\nstreams = ["mlp_out"]\n', "capture.streams"),
+        (GOOD + '[capture]\nstreams = ["mlp_in"]\n', "capture.streams"),
         (GOOD + '[reduce]\nmethod = "magic"\n', "reduce.method"),
         (GOOD + "[control]\n", "control: Extra inputs"),
     ],
