@@ -21,51 +21,58 @@ _TERMS: Final[tuple[Stream, ...]] = ("resid_pre", "attn_out", "mlp_out")
 _INNER: Final[frozenset[Stream]] = frozenset(("attn_out", "mlp_out", "resid_mid"))
 
 
-def check_sums(sites: ModelSites, ids_BT: Tensor, streams: Collection[Stream]) -> None:
-    """Check that the wanted streams are what they are said to be, in every layer.
+def check_sums(sites: ModelSites, ids_BT: Tensor, wanted: Collection[Site]) -> None:
+    """Check that the wanted sites are what they are said to be.
 
-    As far as they are wanted: resid_post = resid_pre + attn_out + mlp_out and resid_mid = resid_pre
-    + attn_out, within the rounding of the dtype, and attention returns what its output projection
-    makes of ``z``.
+    At the layers where a stream inside the block is wanted: resid_post = resid_pre + attn_out +
+    mlp_out, and resid_mid = resid_pre + attn_out, within the rounding of the dtype; where ``z`` is:
+    attention returns what its output projection makes of ``z``.
 
     Args:
         ids_BT: Int64 [B, T], a few tokens without padding, on the model's device.
-        streams: The wanted streams.
+        wanted: Sites; there is nothing to check at resid_pre and resid_post.
 
     Raises:
         InvalidInput: A sum is not right, which names the layer; or the model has no such site.
     """
-    read: list[Stream] = []
-    if _INNER.intersection(streams):
-        read = [*_TERMS, "resid_post"]
-    if "resid_mid" in streams:
-        read.append("resid_mid")
-    if not read and "z" not in streams:
-        return
+    inner = sorted({s.layer for s in wanted if s.stream in _INNER})
+    middle = sorted({s.layer for s in wanted if s.stream == "resid_mid"})
+    projected = sorted({s.layer for s in wanted if s.stream == "z"})
     kept: dict[str, Tensor] = {}
-    layers = range(sites.num_layers)
-    taps = {Site(s, layer): _keep(kept, f"{s}.{layer}") for s in read for layer in layers}
+    read = [Site(stream, layer) for layer in inner for stream in (*_TERMS, "resid_post")]
+    read += [Site("resid_mid", layer) for layer in middle]
     with ExitStack() as stack:
-        stack.enter_context(hooked(sites, taps))
-        for name, module in _projected(sites) if "z" in streams else ():
-            keep = _keep(kept, name)
-            stack.callback(module.register_forward_hook(_output(keep)).remove)
-        with torch.inference_mode():
-            sites.body(input_ids=ids_BT, use_cache=False)
-    for layer in layers:
-        if read:
-            terms = [kept[f"{term}.{layer}"] for term in _TERMS]
-            _compare(f"resid_post.{layer}", kept[f"resid_post.{layer}"], terms)
-            if "resid_mid" in read:
-                _compare(f"resid_mid.{layer}", kept[f"resid_mid.{layer}"], terms[:2])
+        stack.enter_context(hooked(sites, {site: _keep(kept, str(site)) for site in read}))
+        for name, module in _projections(sites, projected):
+            stack.callback(module.register_forward_hook(_output(_keep(kept, name))).remove)
+        if inner or projected:
+            with torch.inference_mode():
+                sites.body(input_ids=ids_BT, use_cache=False)
+    for site in read:
+        value = kept[str(site)]
+        if value.shape != (*ids_BT.shape, sites.d_model):
+            raise InvalidInput(
+                f"{site}: expected values [{', '.join(map(str, ids_BT.shape))}, {sites.d_model}] "
+                f"(sequences, positions, d_model), got {tuple(value.shape)}; take resid_pre or "
+                "resid_post of this model",
+                kind="model_sums",
+            )
+    for layer in inner:
+        terms = [kept[f"{term}.{layer}"] for term in _TERMS]
+        _compare(f"resid_post.{layer}", kept[f"resid_post.{layer}"], terms)
+    for layer in middle:
+        terms = [kept[f"{term}.{layer}"] for term in _TERMS[:2]]
+        _compare(f"resid_mid.{layer}", kept[f"resid_mid.{layer}"], terms)
+    for layer in projected:
         if f"attention.{layer}" in kept:
             returned, made = kept[f"attention.{layer}"], kept[f"projection.{layer}"]
-            _compare(f"the output of the attention of block {layer}", returned, [made])
+            name = f"the output of the attention of block {layer}"
+            _compare(name, returned, [made.reshape(returned.shape)])
 
 
-def _projected(sites: ModelSites) -> Iterator[tuple[str, nn.Module]]:
+def _projections(sites: ModelSites, layers: list[int]) -> Iterator[tuple[str, nn.Module]]:
     """Attention and output projection of each block, named."""
-    for layer in range(sites.num_layers):
+    for layer in layers:
         projection = sites.output_projection(layer)
         try:
             attention = sites.wiring(layer).attention
@@ -89,7 +96,7 @@ def _output(keep: Callable[[Tensor], None]) -> Callable[[nn.Module, Any, Any], N
 
 def _compare(name: str, got_BTD: Tensor, terms: list[Tensor]) -> None:
     """Refuse a sum that is further from its terms than two additions in their dtype can be."""
-    terms_NBTD = torch.stack([t.to("cpu", torch.float64).reshape(got_BTD.shape) for t in terms])
+    terms_NBTD = torch.stack([t.to("cpu", torch.float64) for t in terms])
     bound_BTD = 2 * torch.finfo(got_BTD.dtype).eps * terms_NBTD.abs().sum(0)
     error_BTD = (got_BTD.to("cpu", torch.float64) - terms_NBTD.sum(0)).abs()
     # What is infinite or NaN in the terms says nothing.

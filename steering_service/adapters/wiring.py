@@ -6,7 +6,7 @@ and the block's output are sums of marks, and their coefficients say who reads w
 added to it, by which factor (Granite's residual_multiplier), and whether attention and MLP follow
 each other or are parallel. No weight is touched: blocks on the meta device are read as well.
 
-Shapes: T positions, D d_model, K marks, R rows of K values.
+Shapes: B sequences, T positions, D d_model, K marks, R rows of K values.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class _Call:
     child: str
     read: _Sum | None
     num_arguments: int
+    is_flat: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +125,18 @@ def trace(block: nn.Module, d_model: int, where: str) -> Wiring:
     middle = {_INPUT: 1.0, attn_end: output[attn_end]}
     mid = next((call.child for call in traced.calls if call.read == middle), None)
     called = [block.get_submodule(call.child) for call in traced.calls]
+    flat = [call.child for call in traced.calls if call.is_flat]
     for child in (attention, attn_end, mlp_end, mid):
         if child is not None and called.count(block.get_submodule(child)) > 1:
             raise _unfound(
                 f"{looked_for}: {child!r} is called more than once in a block, so its calls cannot "
                 "be told apart",
+                block,
+            )
+        if child in flat:
+            raise _unfound(
+                f"{looked_for}: {child!r} works on positions without sequences, [B * T, D], where "
+                "[B, T, D] is needed",
                 block,
             )
     shared = False
@@ -184,12 +192,19 @@ def _is_parallel(mlp_end: str, reads: Mapping[str, _Sum | None]) -> bool:
 
 
 def _run(block: nn.Module, d_model: int, name: str, edit_at: str | None = None) -> _Trace:
+    ran: list[_Trace] = []
     why: list[str] = []
     for attention_arity, mlp_arity in _ARITIES:
         try:
-            return _Probe(block, d_model, attention_arity, mlp_arity, edit_at).run()
+            traced = _Probe(block, d_model, attention_arity, mlp_arity, edit_at).run()
         except _MISFIT as error:
             why.append(f"{type(error).__name__}: {error}")
+            continue
+        if traced.output is not None and _INPUT in traced.output:
+            return traced
+        ran.append(traced)
+    if ran:
+        return ran[0]
     raise _unfound(
         f"{name}: looked for the streams inside the block by running its forward with its children "
         f"replaced, which failed with {why[0]}",
@@ -211,7 +226,8 @@ class _Probe:
         self._block = block
         self._arities = (attention_arity, mlp_arity)
         self._edit_at = edit_at
-        self._shape = (1, max(2, -(-4 * _NUM_MARKS // d_model)), d_model)
+        # Two sequences, so that output[0] of what should be a tuple is not taken for the whole.
+        self._shape = (2, max(2, -(-2 * _NUM_MARKS // d_model)), d_model)
         size = math.prod(self._shape)
         # Column k holds the values of mark k. Of both signs and of different sizes, so that a
         # nonlinear function is seen as one; short binary fractions, so that sums are exact in every
@@ -223,6 +239,8 @@ class _Probe:
         self._values_RK = values
         self._names: list[str] = []
         self._calls: list[_Call] = []
+        # The first child that is told of more than the hidden states: attention, most likely.
+        self._first_told: str | None = None
 
     def run(self) -> _Trace:
         # A shallow copy with children of its own: the model itself is never changed.
@@ -232,7 +250,7 @@ class _Probe:
             for child, module in self._block._modules.items()
         }
         twin.__dict__["training"] = False
-        hidden_1TD = self._mark(_INPUT)
+        hidden_BTD = self._mark(_INPUT)
         forward = type(self._block).forward
         # Position embeddings and the like go from argument to child; no child looks at them here.
         required = [
@@ -241,26 +259,33 @@ class _Probe:
             if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
         with torch.no_grad():
-            output = forward(twin, hidden_1TD, **dict.fromkeys(required))
+            output = forward(twin, hidden_BTD, **dict.fromkeys(required))
         output = output[0] if isinstance(output, tuple) else output
         return _Trace(tuple(self._calls), self._sum(output))
 
     def call(self, child: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+        hidden: Any = (
+            args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+        )
         if isinstance(module, (nn.Dropout, nn.Identity)):
             return hidden
+        shape = hidden.shape
         if child == self._edit_at:
-            hidden += self._mark(_EDIT)
+            hidden += self._mark(_EDIT).view(shape)
         num_arguments = len(args) + len(kwargs)
-        self._calls.append(_Call(child, self._sum(hidden), num_arguments))
-        marked = self._mark(child)
-        arity = self._arities[0 if num_arguments > 1 else 1]
-        if arity == 0 or (num_arguments == 1 and _is_norm(module)):
+        self._calls.append(
+            _Call(child, self._sum(hidden), num_arguments, is_flat=shape != self._shape)
+        )
+        marked = self._mark(child).view(shape)
+        if _is_norm(module):
             return marked
-        return (marked, *[None] * (arity - 1))
+        if self._first_told is None and num_arguments > 1:
+            self._first_told = child
+        arity = self._arities[0 if child == self._first_told else 1]
+        return marked if arity == 0 else (marked, *[None] * (arity - 1))
 
     def _mark(self, name: str) -> Tensor:
-        """A tensor [1, T, D] that is nonzero where no other mark is."""
+        """A tensor [B, T, D] that is nonzero where no other mark is."""
         index = len(self._names)
         if index == _NUM_MARKS:
             raise ValueError(f"its children are called more than {_NUM_MARKS - 1} times")

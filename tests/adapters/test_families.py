@@ -6,7 +6,7 @@ arithmetic; they share no code with `steering_service.adapters`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,8 @@ POST_NORMS = ByHand(
     "post_attention_layernorm",
     "post_feedforward_layernorm",
 )
+# transformers 4 calls it otherwise; what is found by shape does not mind.
+MIXTRAL_MLP = "block_sparse_moe" if transformers.__version__.startswith("4.") else "mlp"
 NEOX = ByHand("gpt_neox.layers", "attention.dense", "attention", "mlp")
 FALCON = ByHand("transformer.h", "self_attention.dense", "self_attention", "mlp", parallel=True)
 PARALLEL = ByHand("model.layers", "self_attn.o_proj", "self_attn", "mlp", parallel=True)
@@ -63,7 +65,7 @@ FAMILIES = {
     "gemma2": POST_NORMS,
     "gemma3": POST_NORMS,
     "phi3": LLAMA,
-    "mixtral": LLAMA,
+    "mixtral": ByHand(LLAMA.blocks, LLAMA.projection, LLAMA.attn_end, MIXTRAL_MLP),
     "gpt-neox": ByHand(NEOX.blocks, NEOX.projection, "attention", "mlp", parallel=True),
     "gpt-neox-sequential": NEOX,
     "gpt2": ByHand("transformer.h", "attn.c_proj", "attn", "mlp"),
@@ -105,6 +107,10 @@ def load(make_model: Callable[..., Path]) -> Load:
 
 def streams_of(family: str) -> list[Stream]:
     return [s for s in STREAMS if not (s == "resid_mid" and FAMILIES[family].parallel)]
+
+
+def everywhere(streams: Sequence[Stream]) -> list[Site]:
+    return [Site(stream, layer) for stream in streams for layer in range(3)]
 
 
 def read(model: Any, streams: list[Stream]) -> dict[str, Tensor]:
@@ -197,7 +203,7 @@ def test_every_stream_is_that_of_the_family(load: Load, family: str, dtype: torc
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sums_hold_on_real_tokens(load: Load, family: str, dtype: torch.dtype) -> None:
-    check_sums(ModelSites.of(load(family, dtype)), IDS_BT, streams_of(family))
+    check_sums(ModelSites.of(load(family, dtype)), IDS_BT, everywhere(streams_of(family)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -363,7 +369,7 @@ def test_tied_blocks_are_told_apart(tied: Any) -> None:
             assert error(seen[f"resid_mid.{layer}"], mid) <= 1e-5
             assert error(seen[f"resid_post.{layer}"], hidden[-1]) <= 1e-5
     assert error(seen["z.0"], seen["z.2"]) > 1e-2
-    check_sums(ModelSites.of(tied), IDS_BT, STREAMS)
+    check_sums(ModelSites.of(tied), IDS_BT, everywhere(STREAMS))
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -435,6 +441,12 @@ class Stage(torch.nn.Module):
 
     def forward(self, x: Tensor, causal: bool) -> tuple[Tensor, None]:
         mixed, _, _ = self.mixing(self.first(x), causal=causal)
+        if self.wiring == "flat":
+            x = (x + mixed).reshape(-1, 64)
+            return (x + self.thinking(self.second(x))[0]).view(mixed.shape), None
+        if self.wiring == "thought twice":
+            x = x + mixed
+            return x + self.thinking(self.thinking(self.second(x))[0])[0], None
         if self.wiring == "after the norm":
             x = self.first(x + mixed)
             return self.last(x + self.thinking(x)[0]), None
@@ -470,7 +482,7 @@ def test_a_new_family_needs_no_code(tmp_path: Path) -> None:
     model = new_model(tmp_path, "scaled")
     sites = ModelSites.of(model)
     assert list(sites.blocks) == list(model.stages)
-    check_sums(sites, IDS_BT, STREAMS)
+    check_sums(sites, IDS_BT, everywhere(STREAMS))
     seen = read(model, list(STREAMS))
     with torch.inference_mode():
         x = model.words(IDS_BT)
@@ -504,10 +516,24 @@ def test_a_family_that_cannot_be_found_says_what_was_looked_for(
     sites.check(Site("resid_post", 1))
 
 
+@pytest.mark.parametrize(
+    ("wiring", "why"),
+    [
+        ("flat", "'thinking' works on positions without sequences"),
+        ("thought twice", "'thinking' is called more than once"),
+    ],
+)
+def test_what_hooks_would_get_wrong_is_refused(tmp_path: Path, wiring: str, why: str) -> None:
+    sites = ModelSites.of(new_model(tmp_path, wiring))
+    with pytest.raises(InvalidInput, match=why) as caught:
+        sites.check(Site("mlp_out", 0))
+    assert caught.value.kind == "model_wiring"
+
+
 def test_resid_mid_that_is_handed_on_as_a_copy_is_read_only(tmp_path: Path) -> None:
     model = new_model(tmp_path, "copied")
     sites, site = ModelSites.of(model), Site("resid_mid", 1)
-    check_sums(sites, IDS_BT, STREAMS)
+    check_sums(sites, IDS_BT, everywhere(STREAMS))
     with pytest.raises(InvalidInput, match="can be read but not edited") as caught:
         sites.check(site, edit=True)
     assert caught.value.kind == "site_read_only"
@@ -553,7 +579,9 @@ def test_wrong_sums_are_refused(load: Load, module: str, streams: Any, name: str
 
     with raw_hooks([(changed, disturb, False)]):
         with pytest.raises(InvalidInput, match=f"{name} is not") as caught:
-            check_sums(sites, IDS_BT, streams)
+            check_sums(sites, IDS_BT, everywhere(streams))
         assert caught.value.kind == "model_sums"
         # Nothing to check for the streams between the blocks.
-        check_sums(sites, IDS_BT, ["resid_pre", "resid_post"])
+        check_sums(sites, IDS_BT, everywhere(["resid_pre", "resid_post"]))
+        # Nor at the layers that are not wanted.
+        check_sums(sites, IDS_BT, [Site(stream, 0) for stream in STREAMS])
