@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 
+from steering_service.adapters.hooks import hooked
+from steering_service.adapters.sites import ModelSites
 from steering_service.core.artifact import Artifact, ModelReference, Policy, build
 from steering_service.core.direction import Direction
 from steering_service.core.intervention import Intervention
-from steering_service.core.site import Site
+from steering_service.core.site import Site, Stream
 
 LoadModel = Callable[..., Any]
 
@@ -37,6 +39,23 @@ def load_model(make_model: Callable[..., Path]) -> LoadModel:
 @pytest.fixture(scope="session")
 def model(load_model: LoadModel) -> Any:
     return load_model("llama-wide-heads")
+
+
+def read_every_layer(model: Any, ids_BT: torch.Tensor, streams: Sequence[Stream]) -> Any:
+    """Streams at every layer, by our taps: values by the name of their site."""
+    sites = ModelSites.of(model)
+    seen: dict[str, torch.Tensor] = {}
+    wanted = [Site(stream, layer) for stream in streams for layer in range(sites.num_layers)]
+    taps = {site: lambda h, site=site: seen.__setitem__(str(site), h.clone()) for site in wanted}
+    with torch.inference_mode(), hooked(sites, taps):
+        sites.body(ids_BT, use_cache=False)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def read_streams() -> Callable[..., dict[str, torch.Tensor]]:
+    """See `read_every_layer`."""
+    return read_every_layer
 
 
 def random_intervention(site: str, width: int, seed: int = 0, **options: Any) -> Intervention:

@@ -6,7 +6,7 @@ arithmetic; they share no code with `steering_service.adapters`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.extraction.models import ModelInfo
 from steering_service.adapters.hooks import hooked
 from steering_service.adapters.sites import ModelSites
 from steering_service.adapters.sums import check_sums
@@ -105,23 +104,12 @@ def load(make_model: Callable[..., Path]) -> Load:
     return load
 
 
+def sites_of(family: str) -> list[Site]:
+    return [Site(stream, layer) for stream in streams_of(family) for layer in range(3)]
+
+
 def streams_of(family: str) -> list[Stream]:
     return [s for s in STREAMS if not (s == "resid_mid" and FAMILIES[family].parallel)]
-
-
-def everywhere(streams: Sequence[Stream]) -> list[Site]:
-    return [Site(stream, layer) for stream in streams for layer in range(3)]
-
-
-def read(model: Any, streams: list[Stream]) -> dict[str, Tensor]:
-    """Every stream at every layer, by our taps."""
-    sites = ModelSites.of(model)
-    seen: dict[str, Tensor] = {}
-    wanted = [Site(stream, layer) for stream in streams for layer in range(sites.num_layers)]
-    taps = {site: lambda h, site=site: seen.__setitem__(str(site), h.clone()) for site in wanted}
-    with torch.inference_mode(), hooked(sites, taps):
-        sites.body(IDS_BT, use_cache=False)
-    return seen
 
 
 def first(output: Any) -> Tensor:
@@ -181,9 +169,11 @@ def error(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_stream_is_that_of_the_family(load: Load, family: str, dtype: torch.dtype) -> None:
+def test_every_stream_is_that_of_the_family(
+    load: Load, read_streams: Any, family: str, dtype: torch.dtype
+) -> None:
     model = load(family, dtype)
-    got, want = read(model, streams_of(family)), by_hand(model, family)
+    got, want = read_streams(model, IDS_BT, streams_of(family)), by_hand(model, family)
     assert got.keys() == want.keys()
     for site, value in want.items():
         assert got[site].dtype == dtype
@@ -203,17 +193,7 @@ def test_every_stream_is_that_of_the_family(load: Load, family: str, dtype: torc
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sums_hold_on_real_tokens(load: Load, family: str, dtype: torch.dtype) -> None:
-    check_sums(ModelSites.of(load(family, dtype)), IDS_BT, everywhere(streams_of(family)))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_widths_are_known_without_the_weights(
-    load: Load, make_model: Callable[..., Path], family: str
-) -> None:
-    info, sites = ModelInfo.read(make_model(family)), ModelSites.of(load(family))
-    for stream in STREAMS:
-        assert info.width(stream) == sites.width(stream)
-    assert (info.num_layers, info.num_heads) == (sites.num_layers, sites.num_heads)
+    check_sums(ModelSites.of(load(family, dtype)), IDS_BT, sites_of(family))
 
 
 def add(width: int) -> Tensor:
@@ -352,8 +332,8 @@ def tied(make_model: Callable[..., Path]) -> Any:
     return model.requires_grad_(False)
 
 
-def test_tied_blocks_are_told_apart(tied: Any) -> None:
-    seen = read(tied, list(STREAMS))
+def test_tied_blocks_are_told_apart(tied: Any, read_streams: Any) -> None:
+    seen = read_streams(tied, IDS_BT, STREAMS)
     with torch.inference_mode():
         hidden = [tied.model.embed_tokens(IDS_BT)]
         positions = torch.arange(11)[None]
@@ -369,13 +349,15 @@ def test_tied_blocks_are_told_apart(tied: Any) -> None:
             assert error(seen[f"resid_mid.{layer}"], mid) <= 1e-5
             assert error(seen[f"resid_post.{layer}"], hidden[-1]) <= 1e-5
     assert error(seen["z.0"], seen["z.2"]) > 1e-2
-    check_sums(ModelSites.of(tied), IDS_BT, everywhere(STREAMS))
+    check_sums(ModelSites.of(tied), IDS_BT, [Site(s, i) for s in STREAMS for i in range(3)])
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_an_edit_of_a_tied_block_is_at_its_layer_only(tied: Any, stream: Stream) -> None:
+def test_an_edit_of_a_tied_block_is_at_its_layer_only(
+    tied: Any, read_streams: Any, stream: Stream
+) -> None:
     sites = ModelSites.of(tied)
-    plain, edited = read(tied, ["resid_pre", "resid_post"]), {}
+    plain, edited = read_streams(tied, IDS_BT, ["resid_pre", "resid_post"]), {}
     interrupt = [True]
 
     def stop(h: Tensor) -> None:
@@ -385,203 +367,9 @@ def test_an_edit_of_a_tied_block_is_at_its_layer_only(tied: Any, stream: Stream)
     with hooked(sites, {Site(stream, 2): lambda h: h + 1.0, Site("resid_pre", 1): stop}):
         # A forward pass that was cut short does not shift the count of the next one.
         with pytest.raises(RuntimeError, match="stopped"):
-            read(tied, ["resid_post"])
+            read_streams(tied, IDS_BT, ["resid_post"])
         interrupt[0] = False
-        edited = read(tied, ["resid_pre", "resid_post"])
+        edited = read_streams(tied, IDS_BT, ["resid_pre", "resid_post"])
     for layer in range(2):
         assert torch.equal(edited[f"resid_post.{layer}"], plain[f"resid_post.{layer}"])
     assert error(edited["resid_post.2"], plain["resid_post.2"]) > 1e-2
-
-
-# Families that nobody has seen before.
-
-
-class NewConfig(transformers.PretrainedConfig):
-    model_type = "steerage_new"
-
-    def __init__(self, wiring: str = "scaled", **kwargs: Any) -> None:
-        self.wiring = wiring
-        self.vocab_size, self.hidden_size = 320, 64
-        self.num_hidden_layers, self.num_attention_heads, self.head_dim = 3, 4, 24
-        super().__init__(**kwargs)
-
-
-class Mixing(torch.nn.Module):
-    """Attention with one projection inward and one outward, and a tuple of three returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inward = torch.nn.Linear(64, 3 * 96)
-        self.outward = torch.nn.Linear(96, 64)
-
-    def forward(self, states: Tensor, causal: bool) -> tuple[Tensor, None, None]:
-        q, k, v = (
-            part.view(*states.shape[:2], 4, 24).transpose(1, 2)
-            for part in self.inward(states).chunk(3, dim=-1)
-        )
-        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.outward(mixed.transpose(1, 2).flatten(2)), None, None
-
-
-class Thinking(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = torch.nn.Linear(64, 96), torch.nn.Linear(96, 64)
-
-    def forward(self, states: Tensor) -> tuple[Tensor, str]:
-        return self.down(self.up(states).tanh()), "router logits"
-
-
-class Stage(torch.nn.Module):
-    def __init__(self, wiring: str) -> None:
-        super().__init__()
-        self.wiring = wiring
-        self.first, self.second, self.last = (torch.nn.LayerNorm(64) for _ in range(3))
-        self.mixing, self.thinking = Mixing(), Thinking()
-
-    def forward(self, x: Tensor, causal: bool) -> tuple[Tensor, None]:
-        mixed, _, _ = self.mixing(self.first(x), causal=causal)
-        if self.wiring == "flat":
-            x = (x + mixed).reshape(-1, 64)
-            return (x + self.thinking(self.second(x))[0]).view(mixed.shape), None
-        if self.wiring == "thought twice":
-            x = x + mixed
-            return x + self.thinking(self.thinking(self.second(x))[0])[0], None
-        if self.wiring == "after the norm":
-            x = self.first(x + mixed)
-            return self.last(x + self.thinking(x)[0]), None
-        x = x + 0.5 * mixed
-        # A copy: what is written into it does not reach the residual stream.
-        read = x.clone() if self.wiring == "copied" else x
-        return x + 0.5 * self.last(self.thinking(self.second(read))[0]), None
-
-
-class NewModel(transformers.PreTrainedModel):
-    config_class = NewConfig
-
-    def __init__(self, config: NewConfig) -> None:
-        super().__init__(config)
-        self.words = torch.nn.Embedding(320, 64)
-        self.stages = torch.nn.ModuleList([Stage(config.wiring) for _ in range(3)])
-        self.post_init()
-
-    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
-        x = self.words(input_ids)
-        for stage in self.stages:
-            x, _ = stage(x, causal=True)
-        return x
-
-
-def new_model(folder: Path, wiring: str) -> Any:
-    torch.manual_seed(0)
-    NewModel(NewConfig(wiring)).save_pretrained(folder)
-    return NewModel.from_pretrained(folder).eval().requires_grad_(False)
-
-
-def test_a_new_family_needs_no_code(tmp_path: Path) -> None:
-    model = new_model(tmp_path, "scaled")
-    sites = ModelSites.of(model)
-    assert list(sites.blocks) == list(model.stages)
-    check_sums(sites, IDS_BT, everywhere(STREAMS))
-    seen = read(model, list(STREAMS))
-    with torch.inference_mode():
-        x = model.words(IDS_BT)
-        for layer, stage in enumerate(model.stages):
-            mixed = 0.5 * stage.mixing(stage.first(x), causal=True)[0]
-            mid = x + mixed
-            thought = 0.5 * stage.last(stage.thinking(stage.second(mid))[0])
-            assert error(seen[f"resid_pre.{layer}"], x) <= 1e-5
-            assert error(seen[f"attn_out.{layer}"], mixed) <= 1e-5
-            assert error(0.5 * stage.mixing.outward(seen[f"z.{layer}"]), mixed) <= 1e-5
-            assert error(seen[f"resid_mid.{layer}"], mid) <= 1e-5
-            assert error(seen[f"mlp_out.{layer}"], thought) <= 1e-5
-            x = mid + thought
-            assert error(seen[f"resid_post.{layer}"], x) <= 1e-5
-
-
-@pytest.mark.parametrize("stream", ["resid_mid", "attn_out", "mlp_out"])
-def test_a_family_that_cannot_be_found_says_what_was_looked_for(
-    tmp_path: Path, stream: Stream
-) -> None:
-    sites = ModelSites.of(new_model(tmp_path, "after the norm"))
-    with pytest.raises(InvalidInput) as caught:
-        sites.check(Site(stream, 1))
-    assert caught.value.kind == "model_wiring"
-    message = str(caught.value)
-    assert "block 1 (Stage)" in message
-    assert "looked for resid_post = resid_pre + attn_out + mlp_out" in message
-    assert "found resid_post = last" in message
-    assert "mixing (Mixing)" in message
-    # Streams between the blocks need none of that.
-    sites.check(Site("resid_post", 1))
-
-
-@pytest.mark.parametrize(
-    ("wiring", "why"),
-    [
-        ("flat", "'thinking' works on positions without sequences"),
-        ("thought twice", "'thinking' is called more than once"),
-    ],
-)
-def test_what_hooks_would_get_wrong_is_refused(tmp_path: Path, wiring: str, why: str) -> None:
-    sites = ModelSites.of(new_model(tmp_path, wiring))
-    with pytest.raises(InvalidInput, match=why) as caught:
-        sites.check(Site("mlp_out", 0))
-    assert caught.value.kind == "model_wiring"
-
-
-def test_resid_mid_that_is_handed_on_as_a_copy_is_read_only(tmp_path: Path) -> None:
-    model = new_model(tmp_path, "copied")
-    sites, site = ModelSites.of(model), Site("resid_mid", 1)
-    check_sums(sites, IDS_BT, everywhere(STREAMS))
-    with pytest.raises(InvalidInput, match="can be read but not edited") as caught:
-        sites.check(site, edit=True)
-    assert caught.value.kind == "site_read_only"
-    with hooked(sites, {site: lambda h: h + 1.0}), pytest.raises(InvalidInput, match="not edited"):
-        model(IDS_BT)
-
-
-def test_a_model_without_weights_is_read_as_well() -> None:
-    """Layer streaming asks for the sites of a model whose blocks are on the meta device."""
-    config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=8)
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    wiring = ModelSites.of(model).wiring(1)
-    block = model.model.layers[1]
-    assert wiring.attn_out.end is block.self_attn
-    assert wiring.mid is block.post_attention_layernorm
-
-
-def test_the_model_is_as_it_was_after_it_was_looked_at(load: Load) -> None:
-    block = load("gemma2").model.layers[0]
-    before = dict(block.__dict__), dict(block._modules)
-    ModelSites.of(load("gemma2")).wiring(0)
-    assert (block.__dict__, block._modules) == before
-
-
-@pytest.mark.parametrize(
-    ("module", "streams", "name"),
-    [
-        ("", ["mlp_out"], "resid_post.1"),
-        ("", ["attn_out"], "resid_post.1"),
-        ("", ["resid_mid"], "resid_post.1"),
-        ("self_attn", ["z"], "the output of the attention of block 1"),
-    ],
-)
-def test_wrong_sums_are_refused(load: Load, module: str, streams: Any, name: str) -> None:
-    """Something that no child shows is done to what a block or its attention returns."""
-    model = load("llama")
-    sites = ModelSites.of(model)
-    changed = sites.blocks[1].get_submodule(module)
-
-    def disturb(_m: Any, _a: Any, output: Any) -> Any:
-        first(output).mul_(1.001)
-
-    with raw_hooks([(changed, disturb, False)]):
-        with pytest.raises(InvalidInput, match=f"{name} is not") as caught:
-            check_sums(sites, IDS_BT, everywhere(streams))
-        assert caught.value.kind == "model_sums"
-        # Nothing to check for the streams between the blocks.
-        check_sums(sites, IDS_BT, everywhere(["resid_pre", "resid_post"]))
-        # Nor at the layers that are not wanted.
-        check_sums(sites, IDS_BT, [Site(stream, 0) for stream in STREAMS])

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.extraction.models import ModelInfo
 from steering_service.adapters.hooks import hooked
 from steering_service.adapters.sites import ModelSites
 from steering_service.core.errors import InvalidInput
-from steering_service.core.site import Site
+from steering_service.core.site import STREAMS, Site
 
 # Where the blocks and the attention output projection are, by hand.
 FAMILIES = {
@@ -56,6 +57,16 @@ def test_modules_are_those_of_the_family(load_model: Any, family: str) -> None:
     wide = ("llama-wide-heads", "qwen3", "qwen3-moe", "gemma", "gemma2", "gemma3", "cohere2")
     assert sites.head_dim == (16 if family in wide else 8)
     assert ModelSites.of(sites.body).blocks == sites.blocks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_widths_are_known_without_the_weights(
+    load_model: Any, make_model: Any, family: str
+) -> None:
+    info, sites = ModelInfo.read(make_model(family)), ModelSites.of(load_model(family))
+    for stream in STREAMS:
+        assert info.width(stream) == sites.width(stream)
+    assert (info.num_layers, info.num_heads) == (sites.num_layers, sites.num_heads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
