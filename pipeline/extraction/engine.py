@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.extraction.attention import NAME, Carried, attending
 from pipeline.extraction.devices import moved
@@ -20,7 +20,7 @@ from pipeline.extraction.gather import Buffers, ShardResult
 from pipeline.extraction.models import DtypeName, load_body
 from pipeline.extraction.passes import Pass, Passes, ShardWork
 from pipeline.prompts.packing import Packing
-from pipeline.prompts.trie import Ids
+from pipeline.prompts.trie import Ids, PlannedPrompt
 from steering_service.adapters.hooks import hooked
 from steering_service.adapters.sites import ModelSites
 from store.layout import StreamLayout
@@ -72,6 +72,10 @@ class ResidentEngine:
         body = load_body(path, dtype, device)
         drop_blocks(body, max(layout.layers[-1] for layout in layouts.values()) + 1)
         return cls(body, layouts, packing)
+
+    def ids(self, prompt: PlannedPrompt) -> Tensor:
+        """A prompt's tokens, Int64 [1, T] on the device."""
+        return torch.from_numpy(prompt.token_ids)[None].to(self._device)
 
     @contextmanager
     def attending_plainly(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from pipeline.extraction.models import DtypeName
 from pipeline.extraction.passes import ShardWork
 from pipeline.prompts.trie import PlannedPrompt
 from steering_service.adapters.hooks import Tap, hooked
+from steering_service.adapters.sums import check_sums
 from steering_service.core.site import Site
 from store.bfloat16 import to_float32
 from store.layout import StreamLayout
@@ -64,6 +65,7 @@ def check_parity(
 
     Raises:
         GateRefused: They differ by more than the dtype allows; names the site and the error.
+        steering_service.core.errors.InvalidInput: A site is not what its stream is defined as.
     """
     wanted = engine.layouts if layouts is None else layouts
     chosen = _chosen(prompts, num_prompts)
@@ -71,6 +73,9 @@ def check_parity(
     (result,) = engine.run([ShardWork(0, range(first), chosen)])
     worst, worst_site = 0.0, "none"
     with engine.attending_plainly():
+        # That packs give what plain forwards give, below; that a site is what it is called, here.
+        shortest = min(chosen, key=lambda prompt: len(prompt.token_ids))
+        check_sums(engine.sites, engine.ids(shortest), list(Buffers.sites(wanted)))
         for prompt in chosen:
             reference = _plain_rows(engine, prompt, wanted)
             for name, layout in wanted.items():
@@ -127,10 +132,10 @@ def _plain_rows(
         for site in Buffers.sites(layouts)
         if site.stream != "resid_pre"
     }
-    ids_1T = torch.from_numpy(prompt.token_ids)[None].to(next(engine.body.parameters()).device)
-    body: Any = engine.body
     with torch.inference_mode(), hooked(engine.sites, taps):
-        states = body(input_ids=ids_1T, output_hidden_states=True, use_cache=False)
+        states = engine.body(
+            input_ids=engine.ids(prompt), output_hidden_states=True, use_cache=False
+        )
     hidden = states.hidden_states
     for layer in range(len(hidden) - 1):
         kept[Site("resid_pre", layer)] = hidden[layer][0]

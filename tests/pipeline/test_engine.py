@@ -125,6 +125,40 @@ def test_every_family_equals_plain_forwards(make_model: Any, make_plan: Any, fam
     assert parity.num_prompts >= 4
 
 
+PARALLEL = {"gpt-neox", "falcon", "falcon-7b", "cohere", "cohere2", "phi", "stablelm-parallel"}
+EVERY_FAMILY = [
+    *("llama", "llama-mha", "llama-wide-heads", "qwen2", "qwen3", "qwen3-moe", "gemma", "gemma2"),
+    *("gemma3", "mistral-window", "mixtral", "phi3", "phi", "gpt-neox", "gpt-neox-sequential"),
+    *("gpt2", "olmo2", "falcon", "falcon-7b", "falcon-rw", "granite", "cohere", "cohere2"),
+    *("stablelm", "stablelm-parallel"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_every_stream_of_every_family_equals_plain_forwards(
+    make_model: Any, make_plan: Any, family: str, dtype: str, tolerance: float
+) -> None:
+    streams = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"]
+    if family in PARALLEL:
+        streams.remove("resid_mid")
+    capture = f'streams = {json.dumps(streams)}\ntokens = "last_3"\ntokens_per_pack = 70'
+    system = "the ship steers to the north, and the crew answers the captain"
+    planned = make_plan(
+        make_model(family),
+        capture=capture,
+        rest=f'dtype = "{dtype}"',
+        prompts=f'system = "{system}"',
+    )
+    # Every prompt is compared with its own plain forward, and every stream with its definition.
+    prompts = read_prompts(planned.cache)
+    parity = check_parity(load(planned, dtype), prompts, dtype, num_prompts=2 * len(prompts))
+    assert parity.num_prompts == len(prompts)
+    assert parity.worst < tolerance
+    expected = "batches" if family in ("falcon-rw", "stablelm", "stablelm-parallel") else "trie"
+    assert planned.packing.layout == ("masks" if family in ("falcon", "falcon-7b") else expected)
+
+
 @pytest.mark.parametrize(("packing", "layout"), [("trie", "trie"), ("batches", "batches")])
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "gpt2"])
 def test_prompts_under_one_long_system_prompt_equal_plain_forwards(
