@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import InvalidInput
 
@@ -40,7 +40,7 @@ class Loader:
         InvalidInput: This version of transformers lacks a function that this needs.
     """
 
-    def __init__(self, body: nn.Module, dtype: torch.dtype, where: str) -> None:
+    def __init__(self, body: Any, dtype: torch.dtype, where: str) -> None:
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import (
@@ -54,12 +54,12 @@ class Loader:
             raise _wrong_version(str(error)) from error
         if absent := [name for name in _METHODS if not hasattr(body, name)]:
             raise _wrong_version(f"{type(body).__name__} has no {absent[0]}")
-        self._body: Any = body
+        self._body = body
         self._where = where
         self._renaming, self._converter = WeightRenaming, WeightConverter
         self._rename, self._convert = rename_source_key, convert_and_load_state_dict_in_model
         self._mapping: list[Any] = get_model_conversion_mapping(body)
-        plan = self._body._get_dtype_plan(dtype)
+        plan = body._get_dtype_plan(dtype)
         self._config = lambda device: LoadStateDictConfig(
             dtype=dtype,
             dtype_plan=plan,
@@ -97,8 +97,10 @@ class Loader:
             InvalidInput: A tensor has another shape than its parameter, or cannot be converted.
         """
         report, _ = self._convert(self._body, dict(tensors), self._config(device), None)
-        wrong = [f"{name} {list(got)}, expected {list(expected)}" for name, got, expected in
-                 sorted(report.mismatched_keys)]  # fmt: skip
+        wrong = [
+            f"{name} {list(got)}, expected {list(expected)}"
+            for name, got, expected in sorted(report.mismatched_keys)
+        ]
         wrong += [f"{name}: {error}" for name, error in sorted(report.conversion_errors.items())]
         if wrong := wrong + list(report.error_msgs):
             raise InvalidInput(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import transformers
 from torch import Tensor, nn
@@ -58,18 +58,55 @@ def record_calls(body: nn.Module, blocks: nn.ModuleList, **inputs: Any) -> Recor
     """
     calls: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
     first: list[Tensor] = []
-    name = type(body).__name__
+    returned: list[tuple[Tensor]] = []
 
     def note(*args: Any, **kwargs: Any) -> tuple[Tensor]:
-        given = kwargs.pop(_HIDDEN) if _HIDDEN in kwargs else args[0]
-        args = args[1:]
+        if _HIDDEN in kwargs:
+            given = kwargs.pop(_HIDDEN)
+        else:
+            given, *rest = args
+            args = tuple(rest)
         layer = len(calls)
-        if layer == 0:
+        if not first:
             first.append(given)
-            passed.append((given,))
-        elif given is not passed[0] and given is not first[0]:
-            _refuse(name, f"changes hidden states between blocks {layer - 1} and {layer}")
-        ...
-        return passed[0]
+            # Some families take a block's output as it is, others its first item; a tuple goes
+            # through both, and comes back as itself or as its item.
+            returned.append((given,))
+        elif given is not returned[0] and given is not first[0]:
+            raise _refusal(body, f"it changes hidden states before block {layer}")
+        if any(isinstance(value, transformers.Cache) for value in (*args, *kwargs.values())):
+            raise _refusal(body, f"block {layer} is given a cache, which each call would add to")
+        calls.append((args, kwargs))
+        if len(calls) == len(blocks):
+            raise _AllNoted
+        return returned[0]
 
-    return Recording(first[0], tuple(calls))
+    try:
+        for block in blocks:
+            # Not by setattr, which would ask nn.Module what a function is.
+            block.__dict__["forward"] = note
+        body(**inputs | {"use_cache": False})
+    except _AllNoted:
+        return Recording(first[0], tuple(calls))
+    except (AttributeError, TypeError, IndexError) as error:
+        if not calls:
+            raise
+        raise _refusal(
+            body, f"it does more than pass on what block {len(calls) - 1} returns ({error})"
+        ) from error
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+    raise _refusal(body, f"it called {len(calls)} blocks of {len(blocks)}")
+
+
+class _AllNoted(Exception):
+    pass
+
+
+def _refusal(body: nn.Module, what: str) -> InvalidInput:
+    return InvalidInput(
+        f"{type(body).__name__} cannot run block by block: {what}; expected blocks that are called "
+        "once each, in order, on the output of the one before. Use the resident engine",
+        kind="model_block_calls",
+    )

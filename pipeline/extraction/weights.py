@@ -234,10 +234,12 @@ class StreamedBody:
         if self._copies is not None:
             with torch.cuda.stream(self._copies):
                 for store, leaf, _ in slots:
+                    host_weight = store[leaf]
                     # Pinned memory is reused only after its copy, so it need not be kept here.
-                    there = store[leaf].pin_memory().to(self._device, non_blocking=True)
-                    is_parameter = isinstance(store[leaf], nn.Parameter)
-                    store[leaf] = nn.Parameter(there, requires_grad=False) if is_parameter else there
+                    weight = host_weight.pin_memory().to(self._device, non_blocking=True)
+                    if isinstance(host_weight, nn.Parameter):
+                        weight = nn.Parameter(weight, requires_grad=False)
+                    store[leaf] = weight
                 copied = self._copies.record_event()
         self._checkpoint.release(sources)
         for store, leaf, _ in slots:
