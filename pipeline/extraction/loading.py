@@ -9,7 +9,7 @@ version of transformers lacks one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Loader:
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import (
+                LoadStateDictInfo,
                 WeightConverter,
                 WeightRenaming,
                 convert_and_load_state_dict_in_model,
@@ -55,18 +56,20 @@ class Loader:
         if absent := [name for name in _METHODS if not hasattr(body, name)]:
             raise _wrong_version(f"{type(body).__name__} has no {absent[0]}")
         self._body = body
+        self._wanted: dict[str, Tensor] = body.state_dict()
         self._where = where
         self._renaming, self._converter = WeightRenaming, WeightConverter
-        self._rename, self._convert = rename_source_key, convert_and_load_state_dict_in_model
+        self._rename: Any = rename_source_key
+        self._convert: Any = convert_and_load_state_dict_in_model
         self._mapping: list[Any] = get_model_conversion_mapping(body)
-        plan = body._get_dtype_plan(dtype)
-        self._config = lambda device: LoadStateDictConfig(
-            dtype=dtype,
-            dtype_plan=plan,
-            # Some renames remember which names they have seen: every load begins afresh.
-            weight_mapping=copy.deepcopy(self._mapping),
-            device_map={"": device},
-        )
+        self._report: Any = LoadStateDictInfo
+        self._config: Any = LoadStateDictConfig
+        self._dtype, self._dtype_plan = dtype, body._get_dtype_plan(dtype)
+
+    @property
+    def names(self) -> Collection[str]:
+        """The body's parameters and persistent buffers."""
+        return self._wanted.keys()
 
     def targets(self, names: Iterable[str]) -> dict[str, str]:
         """By checkpoint tensor, the parameter (the first, if several) that it becomes part of.
@@ -76,7 +79,7 @@ class Loader:
         mapping = copy.deepcopy(self._mapping)
         renamings = [entry for entry in mapping if isinstance(entry, self._renaming)]
         converters = [entry for entry in mapping if isinstance(entry, self._converter)]
-        prefix, wanted = self._body.base_model_prefix, self._body.state_dict()
+        prefix, wanted = self._body.base_model_prefix, self._wanted
         found: dict[str, str] = {}
         for name in sorted(names):
             target, _ = self._rename(name, renamings, converters, prefix, wanted)
@@ -87,16 +90,33 @@ class Loader:
                 found[name] = target
         return found
 
-    def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> set[str]:
+    def load(
+        self, tensors: Mapping[str, Tensor], device: torch.device, only: Iterable[str] | None = None
+    ) -> set[str]:
         """Set the parameters that some checkpoint tensors make.
 
+        Args:
+            only: The parameters that they make, if known: to look at all takes longer than to
+                load a block of them.
+
         Returns:
-            Names of the body's parameters and persistent buffers that were not set.
+            Names of parameters and persistent buffers, of the body or of `only`, that were not set.
 
         Raises:
             InvalidInput: A tensor has another shape than its parameter, or cannot be converted.
         """
-        report, _ = self._convert(self._body, dict(tensors), self._config(device), None)
+        wanted = self._wanted if only is None else {name: self._wanted[name] for name in only}
+        part = _Part(self._body, wanted)
+        config = self._config(
+            dtype=self._dtype,
+            dtype_plan=self._dtype_plan,
+            # Some renames remember which names they have seen: every load begins afresh.
+            weight_mapping=copy.deepcopy(self._mapping),
+            # Told that something is on disk (nothing is), the loader converts one parameter after
+            # the other; else its threads would first copy all that they are given.
+            device_map={"": device, "nothing": "disk"},
+        )
+        report, _ = self._convert(part, dict(tensors), config, None)
         wrong = [
             f"{name} {list(got)}, expected {list(expected)}"
             for name, got, expected in sorted(report.mismatched_keys)
@@ -120,9 +140,7 @@ class Loader:
         Raises:
             InvalidInput: Weights are missing that from_pretrained would have left random.
         """
-        from transformers.core_model_loading import LoadStateDictInfo
-
-        report = LoadStateDictInfo(
+        report = self._report(
             missing_keys=set(missing),
             unexpected_keys=set(),
             mismatched_keys=set(),
@@ -144,6 +162,23 @@ class Loader:
         body._move_missing_keys_from_meta_to_device(left_out, {"": device}, None, None)
         body._initialize_missing_keys(False)
         body.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+
+
+class _Part:
+    """A body of which the loader sees only some weights."""
+
+    def __init__(self, body: Any, wanted: dict[str, Tensor]) -> None:
+        self._body = body
+        self._wanted = wanted
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._wanted
+
+    def named_buffers(self) -> list[tuple[str, Tensor]]:
+        return []  # Asked for only where weights are offloaded.
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
 
 
 def _wrong_version(what: str) -> InvalidInput:

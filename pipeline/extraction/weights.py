@@ -81,13 +81,16 @@ class StreamedBody:
         loader.finish(missing, device)
         body.requires_grad_(False)
         self._slots = [_slots(block) for block in self.block_list]
-        in_blocks = sum(len(slots) for slots in self._slots)
-        loaded = sum(any(name.startswith(p) for p in prefixes) for name in _names(body) - missing)
-        if in_blocks != loaded or len(_slots(body)) != in_blocks:
+        self._names = [
+            [name for name in loader.names if name.startswith(start) and name not in missing]
+            for start in prefixes
+        ]
+        waiting, own = len(_slots(body)), sum(map(len, self._slots))
+        if not waiting == own == sum(map(len, self._names)):
             raise InvalidInput(
-                f"{type(body).__name__}: {len(_slots(body))} weights wait for a block to be "
-                f"loaded, {in_blocks} of them in blocks, and the checkpoint has {loaded} for the "
-                "blocks; blocks that share weights cannot be streamed. Use the resident engine",
+                f"{type(body).__name__}: {waiting} weights wait for their block to be loaded, "
+                f"blocks have {own} and the checkpoint has {sum(map(len, self._names))} for them; "
+                "blocks that share weights cannot be streamed. Use the resident engine",
                 kind="model_shared_blocks",
             )
         # One thread: two loads at once would hold three blocks.
@@ -228,7 +231,9 @@ class StreamedBody:
             dropped.synchronize()
         host = self._device if self._copies is None else torch.device("cpu")
         sources, slots = self._sources[layer], self._slots[layer]
-        self._loader.load({name: self._checkpoint[name] for name in sources}, host)
+        self._loader.load(
+            {name: self._checkpoint[name] for name in sources}, host, self._names[layer]
+        )
         self.block_list[layer].requires_grad_(False)
         copied = None
         if self._copies is not None:
@@ -246,10 +251,6 @@ class StreamedBody:
             if self._checkpoint.is_view(store[leaf]):
                 touch(store[leaf])
         return copied
-
-
-def _names(body: nn.Module) -> set[str]:
-    return set(body.state_dict())
 
 
 def _slots(module: nn.Module) -> list[_Slot]:

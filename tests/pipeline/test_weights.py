@@ -17,6 +17,8 @@ import transformers
 from torch import nn
 
 from pipeline.errors import InvalidInput, NotFound
+from pipeline.extraction.checkpoint import Checkpoint
+from pipeline.extraction.loading import Loader
 from pipeline.extraction.models import DTYPES
 from pipeline.extraction.recording import record_calls
 from pipeline.extraction.weights import StreamedBody, block_list
@@ -196,10 +198,9 @@ def test_a_recording_of_more_layers_holds_no_more_tensors(tmp_path: Path, family
     folder = save(tmp_path / "model", family, "float32")
     with torch.inference_mode(), StreamedBody.open(folder, "float32") as streamed:
         recording = record_calls(streamed.body, streamed.block_list, input_ids=IDS)
-    kinds = len(set(getattr(streamed.body.config, "layer_types", None) or ["full_attention"]))
-    # Positions, and for each kind of layer a mask, cosines and sines.
-    assert len(held(list(recording.calls))) <= 1 + 3 * kinds
     assert len(recording.calls) == 3
+    # The third layer is of the first's kind or the second's.
+    assert held(list(recording.calls)) == held(list(recording.calls[:2]))
 
 
 def test_recording_leaves_the_blocks_as_they_were(tmp_path: Path) -> None:
@@ -241,7 +242,8 @@ def test_bodies_that_are_not_a_chain_of_blocks_are_refused(
 
 
 def test_a_body_that_calls_fewer_blocks_is_refused() -> None:
-    body = transformers.LlamaModel(build_config("llama"))
+    body = Between(build_config("llama"))
+    body.change = lambda out: out
     more = nn.ModuleList([*body.layers, body.layers[0]])
     with pytest.raises(InvalidInput, match="it called 3 blocks of 4"):
         record_calls(body, more, input_ids=IDS)
@@ -310,7 +312,7 @@ def test_weights_stored_in_the_dtype_computed_in_are_not_copied(llama: Path) -> 
         assert streamed.block_bytes(1) == sum(w.nbytes for w in block.parameters())
 
 
-def rewrite(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def rewrite(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
     path = folder / "model.safetensors"
     stored = safetensors.torch.load_file(path)
     edit(stored)
@@ -324,7 +326,7 @@ def test_missing_weights_are_refused_by_name_when_opened(
     llama: Path, tmp_path: Path, name: str
 ) -> None:
     folder = shutil.copytree(llama, tmp_path / "model")
-    rewrite(folder, lambda stored: [stored.pop(name)] and None)
+    rewrite(folder, lambda stored: stored.pop(name))
     short = name.removeprefix("model.")
     with pytest.raises(
         InvalidInput, match=rf"1 weights are not in its safetensors files, such as {short}"
@@ -335,7 +337,7 @@ def test_missing_weights_are_refused_by_name_when_opened(
 def test_a_missing_expert_is_refused_when_opened(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "mixtral", "float32")
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
-    rewrite(folder, lambda stored: [stored.pop(name)] and None)
+    rewrite(folder, lambda stored: stored.pop(name))
     with pytest.raises(InvalidInput, match=r"do not fit.*layers\.1\.mlp\.experts"):
         StreamedBody.open(folder, "float32")
 
@@ -374,8 +376,9 @@ def test_folders_that_are_absent_or_without_safetensors_are_refused(
 
 def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "llama", "float32", max_shard_size="50KB")
-    (folder / "model-00002-of-00008.safetensors").unlink()
-    with pytest.raises(NotFound, match="not there, such as model-00002-of-00008.safetensors"):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(NotFound, match=f"not there, such as {shard.name}"):
         StreamedBody.open(folder, "float32")
 
 
@@ -408,6 +411,24 @@ def test_quantised_models_are_refused(llama: Path, tmp_path: Path) -> None:
         StreamedBody.open(folder, "float32")
 
 
+def test_blocks_that_are_one_module_are_refused(llama: Path) -> None:
+    with torch.device("meta"):
+        body = transformers.LlamaModel(build_config("llama"))
+    body.layers[2] = body.layers[0]
+    with pytest.raises(InvalidInput, match="blocks that share weights cannot be streamed"):
+        StreamedBody(
+            body,
+            Checkpoint.open(llama),
+            Loader(body, torch.float32, "llama"),
+            torch.device("cpu"),
+        )
+
+
+def test_a_transformers_that_loads_otherwise_is_refused_by_what_it_lacks() -> None:
+    with pytest.raises(InvalidInput, match="Linear has no _get_dtype_plan.*; expected 5.23"):
+        Loader(nn.Linear(1, 1), torch.float32, "model")
+
+
 LIMITED = """
 import json, resource, sys
 from pathlib import Path
@@ -419,7 +440,7 @@ from pipeline.extraction.weights import StreamedBody
 tiny, folder, dtype, engine, room = sys.argv[1:]
 
 def run(folder):
-    ids = torch.arange(16)[None] % 300
+    ids = torch.arange(16)[None]
     with torch.inference_mode():
         if engine == "whole":
             return load_body(Path(folder), dtype)(input_ids=ids).last_hidden_state
@@ -440,7 +461,7 @@ print(json.dumps(run(folder).float().sum().item()))
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 210 MB of bfloat16 weights in blocks of 8.4 MB, and 210 MB in two of 105 MB."""
+    """About 210 MB of bfloat16 weights, in blocks of 8.4 MB."""
     folder = tmp_path_factory.mktemp("weights") / "large"
     config = build_config("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=25)
     torch.manual_seed(0)
@@ -466,5 +487,6 @@ def test_a_model_larger_than_the_memory_limit_goes_through(
     assert "memory" in whole_model.stderr
     streamed = limited(llama, large, dtype, "streamed", room)
     assert streamed.returncode == 0, streamed.stderr
-    free = limited(llama, large, dtype, "whole", 1 << 40)
-    assert json.loads(streamed.stdout) == json.loads(free.stdout)
+    with torch.inference_mode():
+        expected = whole(large, dtype)(input_ids=torch.arange(16)[None]).last_hidden_state
+    assert json.loads(streamed.stdout) == expected.float().sum().item()
