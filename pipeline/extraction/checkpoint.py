@@ -104,10 +104,6 @@ class Checkpoint(Mapping[str, Tensor]):
         tensor = self._stored[name]
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-    def num_bytes(self, names: Iterable[str]) -> int:
-        """Bytes of some tensors as stored."""
-        return sum(self._stored[name].stop - self._stored[name].start for name in names)
-
     def is_view(self, tensor: Tensor) -> bool:
         """Whether a tensor's values are the mapped files' own pages."""
         return tensor.untyped_storage().data_ptr() in self._mapped

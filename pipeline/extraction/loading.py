@@ -9,7 +9,9 @@ version of transformers lacks one.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import transformers
 from torch import Tensor
 
 from pipeline.errors import InvalidInput
+from pipeline.extraction.checkpoint import check_folder
 
 _METHODS = (
     "_get_dtype_plan",
@@ -26,6 +29,41 @@ _METHODS = (
     "mark_tied_weights_as_initialized",
     "tie_weights",
 )
+
+
+def meta_body(path: Path, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+    """A decoder body as `transformers.AutoModel` builds it for a folder, on the meta device.
+
+    Args:
+        attn_implementation: Passed on to transformers; its own choice if None.
+
+    Raises:
+        NotFound: No such folder.
+        InvalidInput: The configuration cannot be read, or is a quantised model's.
+    """
+    check_folder(path)
+    where = os.fspath(path)
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+        # Told that this is the meta device, transformers initialises nothing, as from_pretrained.
+        with torch.device("meta"):
+            body = transformers.AutoModel.from_config(
+                config, dtype=dtype, trust_remote_code=False, **attention
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInput(
+            f"model {where!r} cannot be built: {error}", kind="model_load"
+        ) from error
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        raise InvalidInput(
+            f"model {where!r} is quantised ({quantised}); its blocks cannot be loaded one by one. "
+            "Save it in float32 or bfloat16, or use the resident engine",
+            kind="model_quantised",
+        )
+    return body
 
 
 class Loader:
@@ -121,11 +159,16 @@ class Loader:
             f"{name} {list(got)}, expected {list(expected)}"
             for name, got, expected in sorted(report.mismatched_keys)
         ]
-        wrong += [f"{name}: {error}" for name, error in sorted(report.conversion_errors.items())]
+        # Each error comes with its traceback; its last two lines say what and where.
+        wrong += [
+            f"{name}: {' '.join(error.splitlines()[-2:])}"
+            for name, error in sorted(report.conversion_errors.items())
+        ]
         if wrong := wrong + list(report.error_msgs):
             raise InvalidInput(
-                f"model {self._where!r}: {len(wrong)} weights in its safetensors files do not fit "
-                f"its configuration, such as {wrong[0]}. Save the model again",
+                f"model {self._where!r}: {len(wrong)} weights do not go from its safetensors "
+                f"files into the model that its config.json describes, such as {wrong[0]}. Save "
+                "the model again",
                 kind="model_weights",
             )
         missing: set[str] = report.missing_keys

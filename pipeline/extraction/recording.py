@@ -69,17 +69,17 @@ def record_calls(body: nn.Module, blocks: nn.ModuleList, **inputs: Any) -> Recor
         layer = len(calls)
         if not first:
             first.append(given)
-            # Some families take a block's output as it is, others its first item; a tuple goes
-            # through both, and comes back as itself or as its item.
-            returned.append((given,))
-        elif given is not returned[0] and given is not first[0]:
+        elif given is not returned[-1] and given is not returned[-1][0]:
             raise _refusal(body, f"it changes hidden states before block {layer}")
         if any(isinstance(value, transformers.Cache) for value in (*args, *kwargs.values())):
             raise _refusal(body, f"block {layer} is given a cache, which each call would add to")
         calls.append((args, kwargs))
         if len(calls) == len(blocks):
             raise _AllNoted
-        return returned[0]
+        # Some families take a block's output as it is, others its first item; a tuple goes through
+        # both, and comes back as itself or as its item: each time another one, to know it by.
+        returned.append((first[0].detach(),))
+        return returned[-1]
 
     try:
         for block in blocks:

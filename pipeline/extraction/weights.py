@@ -15,12 +15,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from pipeline.errors import InvalidInput
-from pipeline.extraction.checkpoint import Checkpoint, check_folder, touch
-from pipeline.extraction.loading import Loader
+from pipeline.extraction.checkpoint import Checkpoint, touch
+from pipeline.extraction.loading import Loader, meta_body
 from pipeline.extraction.models import DTYPES, DtypeName
 from steering_service.adapters.sites import ModelSites
 
@@ -114,35 +113,14 @@ class StreamedBody:
             attn_implementation: Passed on to transformers; its own choice if None.
 
         Raises:
-            NotFound, InvalidInput: See `Checkpoint.open`; the configuration cannot be read or is
-                a quantised model's; a weight is missing or of another shape; blocks share
-                weights; transformers lacks what `Loader` needs.
+            NotFound, InvalidInput: See `meta_body`, `Loader` and `Checkpoint.open`; a weight is
+                missing or of another shape; blocks share weights.
             steering_service.core.errors.InvalidInput: See `block_list`.
         """
-        check_folder(path)
-        where = os.fspath(path)
-        attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                path, trust_remote_code=False, local_files_only=True
-            )
-            # Built on the meta device, transformers initialises nothing, as in from_pretrained.
-            with torch.device("meta"):
-                body = transformers.AutoModel.from_config(
-                    config, dtype=DTYPES[dtype], trust_remote_code=False, **attention
-                )
-        except (OSError, ValueError, KeyError) as error:
-            raise InvalidInput(
-                f"model {where!r} cannot be built: {error}", kind="model_load"
-            ) from error
-        if (quantised := getattr(config, "quantization_config", None)) is not None:
-            raise InvalidInput(
-                f"model {where!r} is quantised ({quantised}); its blocks cannot be loaded one by "
-                "one. Save it in float32 or bfloat16, or use the resident engine",
-                kind="model_quantised",
-            )
-        checkpoint = Checkpoint.open(path, getattr(config, "transformers_weights", None))
-        return cls(body, checkpoint, Loader(body, DTYPES[dtype], where), torch.device(device))
+        body = meta_body(path, DTYPES[dtype], attn_implementation)
+        loader = Loader(body, DTYPES[dtype], os.fspath(path))
+        checkpoint = Checkpoint.open(path, getattr(body.config, "transformers_weights", None))
+        return cls(body, checkpoint, loader, torch.device(device))
 
     def block_bytes(self, layer: int) -> int:
         """Memory that a block's weights take while they are loaded, were none of it mapped."""
@@ -158,10 +136,13 @@ class StreamedBody:
     def load_block(self, layer: int) -> nn.Module:
         """A block with its weights, as from_pretrained would give them.
 
+        It stays until `drop_block`; a loop over `blocks` does both.
+
         Raises:
-            InvalidInput: The files changed since they were opened.
+            InvalidInput: Its weights could not be converted, for want of memory for instance.
         """
-        if not _is_meta(self._slots[layer]) and self._fetching is None:
+        fetching = self._fetching is not None and self._fetching[0] == layer
+        if not fetching and not any(s[leaf].is_meta for s, leaf, _ in self._slots[layer]):
             return self.block_list[layer]
         self.prefetch(layer)
         assert self._fetching is not None
@@ -231,9 +212,10 @@ class StreamedBody:
             dropped.synchronize()
         host = self._device if self._copies is None else torch.device("cpu")
         sources, slots = self._sources[layer], self._slots[layer]
-        self._loader.load(
+        missing = self._loader.load(
             {name: self._checkpoint[name] for name in sources}, host, self._names[layer]
         )
+        assert not missing, missing  # The dry run found them all.
         self.block_list[layer].requires_grad_(False)
         copied = None
         if self._copies is not None:
@@ -246,6 +228,7 @@ class StreamedBody:
                         weight = nn.Parameter(weight, requires_grad=False)
                     store[leaf] = weight
                 copied = self._copies.record_event()
+        # What was copied need not stay mapped; what was not is read now, ahead of its use.
         self._checkpoint.release(sources)
         for store, leaf, _ in slots:
             if self._checkpoint.is_view(store[leaf]):
@@ -262,7 +245,3 @@ def _slots(module: nn.Module) -> list[_Slot]:
         for leaf, tensor in store.items()
         if tensor is not None and tensor.is_meta
     ]
-
-
-def _is_meta(slots: list[_Slot]) -> bool:
-    return any(store[leaf].is_meta for store, leaf, _ in slots)

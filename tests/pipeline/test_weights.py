@@ -225,6 +225,14 @@ class Between(transformers.LlamaModel):
         return hidden
 
 
+class Beside(transformers.LlamaModel):
+    """A body whose blocks all start from the embeddings."""
+
+    def forward(self, input_ids: Any, use_cache: bool = False) -> Any:
+        hidden = self.embed_tokens(input_ids)
+        return sum(layer(hidden)[0] for layer in self.layers)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -238,6 +246,12 @@ def test_bodies_that_are_not_a_chain_of_blocks_are_refused(
     body = Between(build_config("llama"))
     body.change = change
     with pytest.raises(InvalidInput, match=f"Between cannot run block by block: it {message}"):
+        record_calls(body, body.layers, input_ids=IDS)
+
+
+def test_a_body_whose_blocks_do_not_follow_each_other_is_refused() -> None:
+    body = Beside(build_config("llama"))
+    with pytest.raises(InvalidInput, match="changes hidden states before block 1"):
         record_calls(body, body.layers, input_ids=IDS)
 
 
@@ -338,7 +352,9 @@ def test_a_missing_expert_is_refused_when_opened(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "mixtral", "float32")
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
     rewrite(folder, lambda stored: stored.pop(name))
-    with pytest.raises(InvalidInput, match=r"do not fit.*layers\.1\.mlp\.experts"):
+    with pytest.raises(
+        InvalidInput, match=r"do not go.*such as layers\.1\.mlp\.experts\.gate_up_proj: Sizes of"
+    ):
         StreamedBody.open(folder, "float32")
 
 
