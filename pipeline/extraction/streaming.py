@@ -91,16 +91,13 @@ class StreamedEngine:
 
     def reference(self, num_blocks: int = 2) -> ResidentEngine:
         """A resident engine of the first blocks alone, for the parity gate: the whole model would
-        not fit where it is streamed."""
-        layouts = {
-            name: kept
-            for name, layout in self.layouts.items()
-            if (kept := _first_layers(layout, num_blocks)) is not None
-        }
+        not fit where it is streamed. It records all of them, whichever layers are wanted."""
+        layers = tuple(range(min(num_blocks, self._sites.num_layers)))
+        layouts = {name: replace(layout, layers=layers) for name, layout in self.layouts.items()}
         body = StreamedBody.open(self._path, self._dtype, str(self._device))
-        for layer in range(num_blocks):
+        for layer in layers:
             body.load_block(layer)
-        drop_blocks(body.body, num_blocks)
+        drop_blocks(body.body, len(layers))
         return ResidentEngine(body.body, layouts, self.packing)
 
     def _waves(self, work: Sequence[ShardWork]) -> Iterator[list[ShardWork]]:
@@ -159,7 +156,7 @@ class StreamedEngine:
         for layer, block in self._body.blocks(range(self._num_layers)):
             for pack in running:
                 carried: list[Carried] = []
-                if pack.before is not None and pack.before.one.attention is not None:
+                if pack.before and pack.before.one.attention:
                     carried = pack.before.one.attention.kept
                 with (
                     torch.inference_mode(),
@@ -169,8 +166,3 @@ class StreamedEngine:
             for pack in running:
                 if pack.one.attention is not None:
                     pack.one.attention.begin([])
-
-
-def _first_layers(layout: StreamLayout, num_layers: int) -> StreamLayout | None:
-    kept = tuple(layer for layer in layout.layers if layer < num_layers)
-    return replace(layout, layers=kept) if kept else None
