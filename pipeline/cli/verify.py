@@ -53,8 +53,9 @@ def verify(
     from store.location import Location
 
     root = Location.open(store)
+    digests = _digests(root, caches or [], store)
     start = time.perf_counter()
-    reports = [_check(root, digest) for digest in _digests(root, caches or [], store)]
+    reports = [_check(root, digest) for digest in digests]
     is_sound = not any(report["problems"] for report in reports)
     summary = {
         "sound": is_sound,

@@ -37,9 +37,8 @@ def steerage(*arguments, code=0, **environment):
 
 def verify(store, *arguments, code=0):
     """The JSON object of the command, its only output."""
-    (line,) = steerage("verify", *arguments, "--store", store, "--json", code=code).stdout.split(
-        "\n"
-    )[:-1]
+    out = steerage("verify", *arguments, "--store", store, "--json", code=code).stdout
+    (line,) = out.splitlines()
     result = json.loads(line)
     assert result["sound"] == (code == 0)
     return result
@@ -84,7 +83,7 @@ def test_a_sound_store(store):
     unfinished = by_name[caches[2].digest]
     assert (unfinished["complete"], unfinished["shards_missing"]) == (False, 1)
     shown = steerage("verify", "--store", store).stdout
-    assert shown.count("sound") == 3
+    assert shown.count("  sound, 3 shards") == 3
     assert "1 not written yet" in shown
     assert not any("_damaged" in str(path) for path in store.rglob("*"))
     assert verify(store.parent / "empty")["caches"] == []
@@ -101,11 +100,7 @@ def test_each_damaged_shard_is_named_and_marked(store):
         ("resid_post", 1, [64, 128], "shard_checksum"),
         ("z", 2, [128, 150], "shard_missing"),
     ]
-    assert {
-        path.relative_to(cache.location.local_path()).as_posix()
-        for path in store.rglob("*")
-        if "_damaged/" in path.as_posix() and path.is_file()
-    } == {
+    assert {info.key for info in cache.location.list("_damaged")} == {
         "_damaged/resid_post/00000001.json",
         "_damaged/z/00000002.json",
     }
@@ -148,7 +143,8 @@ def test_a_cache_is_chosen_by_its_run_file(store, tmp_path, make_model):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_file = tmp_path / "run.toml"
     run_file.write_text(
-        f'name = "heading"\n[model]\npath = "{make_model()}"\n[prompts]\nfiles = ["prompts.jsonl"]\n'
+        f'name = "heading"\n[model]\npath = "{make_model()}"\n'
+        '[prompts]\nfiles = ["prompts.jsonl"]\n'
     )
     planned = json.loads(steerage("plan", run_file, "--store", store, "--json").stdout)
     (report,) = verify(store, run_file)["caches"]
@@ -176,7 +172,8 @@ def test_a_store_that_takes_no_marks_is_still_checked(store):
     """The mark's folder cannot be made where a file has its name, as on a disk that is full."""
     cache = fill(store, "one")
     flip(cache, LAYOUTS[0].shard_key(1))
-    (cache.location.local_path() / "_damaged").write_text("in the way")
+    (cache.location.local_path() / "_damaged").mkdir()
+    (cache.location.local_path() / "_damaged/resid_post").write_text("in the way")
     (report,) = verify(store, code=1)["caches"]
     assert [(p["stream"], p["shard"]) for p in report["problems"]] == [("resid_post", 1)]
     assert "_damaged" in report["unmarked"]
