@@ -29,6 +29,7 @@ from pipeline.errors import OUR_ERRORS
 from pipeline.evaluation.controls import random_twin
 from pipeline.evaluation.generate import generate
 from pipeline.evaluation.suites import Point, Suite
+from pipeline.ray_runtime import Pool
 from pipeline.recipes.lab import Delivered
 from pipeline.reduction.artifacts import build_artifact
 from pipeline.reduction.results import Reduction
@@ -91,7 +92,7 @@ def run(out: Path, num_workers: int, as_json: bool) -> None:
         for question in questions:
             stderr.rule(question.title)
             run_file, root, planned = planning(question.run_file, str(store))
-            extraction = extracting(planned, root, num_workers, lab.device, lab.ray)
+            extraction = extracting(planned, root, Pool(num_workers), lab.device, "auto", lab.ray)
             if extraction["parity_worst"] is not None:
                 parity = f"{extraction['parity_worst']:.1e} at {extraction['parity_site']}"
             reduction = reducing(run_file, root, planned, num_workers, lab.ray)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -14,7 +16,11 @@ from pipeline.cli.app import app
 from pipeline.cli.options import (
     DEFAULT_STORE,
     AsJson,
+    CpusPerWorker,
     Device,
+    EngineFlag,
+    GpusPerWorker,
+    MinWorkers,
     RayAddress,
     RunPath,
     StoreUrl,
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
     from pipeline.config import RunFile
     from pipeline.extraction.workers import Receipt
     from pipeline.prompts.plan import Plan
+    from pipeline.ray_runtime import Pool
     from pipeline.reduction.results import Reduction
     from store.location import Location
 
@@ -52,16 +59,34 @@ def extract(
     run_file: RunPath,
     store: StoreUrl = DEFAULT_STORE,
     workers: Workers = _CPUS,
+    min_workers: MinWorkers = 1,
+    cpus_per_worker: CpusPerWorker = 1,
+    gpus_per_worker: GpusPerWorker = None,
     device: Device = "cpu",
+    engine: EngineFlag = "auto",
     ray: RayAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the model over the prompts and write the activation cache.
 
-    Plans first. Safe to interrupt and to run again: finished shards are never computed twice.
+    Plans first. Safe to interrupt and to run again: finished shards are never computed twice, and
+    damaged ones are put right.
     """
-    _, root, planned = planning(run_file, store)
-    show(extracting(planned, root, workers, device, ray), as_json, "Extraction")
+    from pipeline.config import load_run_file
+    from pipeline.ray_runtime import Pool, check_device, ray_starting
+
+    start = time.perf_counter()
+    # A mistake in these is said before Ray is started.
+    load_run_file(run_file)
+    pool = Pool(workers, min_workers, cpus_per_worker, gpus_per_worker)
+    pool.resources(device)
+    # Ray starts beside planning, which takes its time to import libraries and to tokenise.
+    with ray_starting(ray, workers, cpus_per_worker=cpus_per_worker) as running:
+        check_device(device, ray)
+        _, root, planned = planning(run_file, store, running)
+        plan_seconds = time.perf_counter() - start
+        summary = extracting(planned, root, pool, device, engine, ray, plan_seconds)
+    show(summary, as_json, "Extraction")
 
 
 @app.command()
@@ -86,8 +111,14 @@ def reduce(
         print_reduction(summary)
 
 
-def planning(run_file: Path, store: str) -> tuple[RunFile, Location, Plan]:
-    """Plan a run file, and say what was quarantined."""
+def planning(
+    run_file: Path, store: str, before_report: Callable[[], None] = lambda: None
+) -> tuple[RunFile, Location, Plan]:
+    """Plan a run file, and say what was quarantined.
+
+    Args:
+        before_report: Called before anything is said.
+    """
     from pipeline.config import load_run_file
     from pipeline.prompts import plan as plans
     from store.location import Location
@@ -96,6 +127,7 @@ def planning(run_file: Path, store: str) -> tuple[RunFile, Location, Plan]:
     root = Location.open(store)
     with stderr.status("planning: reading and tokenising prompts"):
         planned = plans.plan(run, root)
+        before_report()
     for row in planned.quarantined[:10]:
         stderr.print(f"[yellow]left out[/] {escape(str(row))}", highlight=False)
     if len(planned.quarantined) > 10:
@@ -107,37 +139,68 @@ def planning(run_file: Path, store: str) -> tuple[RunFile, Location, Plan]:
 
 
 def extracting(
-    planned: Plan, root: Location, workers: int, device: str, ray: str | None
+    planned: Plan,
+    root: Location,
+    pool: Pool,
+    device: str,
+    engine: Literal["auto", "resident", "streamed", "sharded"],
+    ray: str | None,
+    plan_seconds: float = 0.0,
 ) -> dict[str, Any]:
     """Extract with a progress bar; returns the summary."""
     from pipeline.extraction.workers import extract as run_extraction
+    from pipeline.ray_runtime import num_actors_alive
 
     cache = planned.cache
-    done = tokens = 0
+    tokens = quarantined = 0
+    start = time.perf_counter()
+    first: float | None = None
     with progress("extract", cache.num_shards) as (bar, task):
-        bar.update(task, completed=cache.num_shards - len(cache.missing()), note="starting Ray")
+        to_do = len(set(cache.missing()) | cache.damaged())
+        # Not `update`: what is there already would count as speed.
+        bar.reset(task, completed=cache.num_shards - to_do, note="shards · starting workers")
 
         def on_receipt(receipt: Receipt) -> None:
-            nonlocal done, tokens
-            done += 1
+            nonlocal tokens, quarantined, first
+            now = time.perf_counter()
+            if first is None:
+                first = now - sum(receipt.seconds.values())
             tokens += receipt.tokens
-            elapsed = bar.tasks[task].elapsed or 1e-9
-            bar.update(task, advance=1, note=f"shards · {tokens / elapsed:,.0f} tokens/s")
+            quarantined += len(receipt.quarantined)
+            parts = [
+                "shards",
+                f"{tokens / max(now - first, 1e-9):,.0f} tokens/s",
+                f"{num_actors_alive('PoolWorker')} workers",
+                f"{quarantined} quarantined",
+            ]
+            bar.update(task, advance=1, note=" · ".join(parts))
 
         result = run_extraction(
-            planned, root, num_workers=workers, device=device, address=ray, on_receipt=on_receipt
+            planned,
+            root,
+            pool=pool,
+            device=device,
+            address=ray,
+            engine=None if engine == "auto" else engine,
+            on_receipt=on_receipt,
         )
-        bar.update(task, note="shards")
+    seconds = {"plan": plan_seconds} | dict(result.seconds)
+    seconds["total"] = plan_seconds + time.perf_counter() - start
     return {
         "capture": cache.digest,
-        "shards_computed": result.shards_computed,
+        "engine": result.engine.name if result.engine else None,
+        "engine_why": result.engine.why if result.engine else None,
         "shards": cache.num_shards,
+        "shards_computed": result.shards_computed,
+        "shards_repaired": result.shards_repaired,
         "rows": planned.num_rows,
+        "quarantined": len(planned.quarantined),
+        "quarantined_rows": len(result.quarantined),
         "tokens": result.tokens,
-        "seconds": round(result.seconds, 3),
+        "tokens_per_s": round(result.tokens / max(result.computing_seconds, 1e-9), 1),
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         "parity_worst": result.parity.worst if result.parity else None,
         "parity_site": result.parity.worst_site if result.parity else None,
-        "quarantined": len(planned.quarantined),
         "cache": where(cache.location),
     }
 

@@ -40,9 +40,35 @@ AsJson = Annotated[
 ]
 Device = Annotated[
     Literal["cpu", "cuda"],
-    typer.Option("--device", help="What workers compute on; each takes a whole GPU."),
+    typer.Option("--device", help="What workers compute on."),
 ]
-Workers = Annotated[int, typer.Option("--workers", min=1, help="Worker processes of a local Ray.")]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="Most worker processes at a time.")]
+MinWorkers = Annotated[
+    int,
+    typer.Option("--min-workers", min=1, help="Workers that are kept when there is less to do."),
+]
+CpusPerWorker = Annotated[
+    float,
+    typer.Option("--cpus-per-worker", min=0.1, help="CPUs that Ray reserves for each worker."),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-worker",
+        min=0,
+        help="GPUs that Ray reserves for each worker, such as 0.5 or 2; by default 1 on cuda.",
+        show_default=False,
+    ),
+]
+EngineFlag = Annotated[
+    Literal["auto", "resident", "streamed", "sharded"],
+    typer.Option(
+        "--engine",
+        help="resident: the model lies on a worker's device whole; sharded: on all GPUs of a "
+        "worker together; streamed: its blocks are loaded one by one, for models larger than the memory; "
+        "auto: what the memory allows. The activations are the same.",
+    ),
+]
 RayAddress = Annotated[
     str | None,
     typer.Option(

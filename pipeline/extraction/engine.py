@@ -29,8 +29,13 @@ from store.layout import StreamLayout
 class Engine(Protocol):
     """Computes shards; the same work gives the same bytes, whatever was computed before."""
 
+    layouts: Mapping[str, StreamLayout]
+
     def run(self, work: Sequence[ShardWork]) -> Iterator[ShardResult]:
         """Compute shards, in order."""
+
+    def for_parity(self) -> tuple[Engine, ResidentEngine]:
+        """What the parity gate runs, and whose body it is compared with."""
 
 
 class ResidentEngine:
@@ -42,11 +47,9 @@ class ResidentEngine:
         packing: How prompts become forward passes.
     """
 
-    def __init__(
-        self, body: nn.Module, layouts: Mapping[str, StreamLayout], packing: Packing
-    ) -> None:
+    def __init__(self, body: Any, layouts: Mapping[str, StreamLayout], packing: Packing) -> None:
         self.sites = ModelSites.of(body)
-        self.body: Any = body
+        self.body = body
         self.layouts = layouts
         self.packing = packing
         self._plain_attention = self.body.config._attn_implementation
@@ -67,11 +70,22 @@ class ResidentEngine:
         layouts: Mapping[str, StreamLayout],
         packing: Packing,
         device: str,
+        *,
+        sharded: bool = False,
     ) -> ResidentEngine:
-        """Load a model's body and drop the blocks that no wanted layer needs."""
-        body = load_body(path, dtype, device)
+        """Load a model's body and drop the blocks that no wanted layer needs.
+
+        Args:
+            sharded: Whether it is spread over all devices that the process sees. Nothing waits for
+                a device within a shard, so one computes a pack while the next has the one before.
+        """
+        body = load_body(path, dtype, device, sharded=sharded)
         drop_blocks(body, max(layout.layers[-1] for layout in layouts.values()) + 1)
         return cls(body, layouts, packing)
+
+    def for_parity(self) -> tuple[Engine, ResidentEngine]:
+        """See `Engine`: a second copy of the weights might not fit."""
+        return self, self
 
     def ids(self, prompt: PlannedPrompt) -> Tensor:
         """A prompt's tokens, Int64 [1, T] on the device."""

@@ -102,15 +102,8 @@ class Buffers:
             for layer in layout.layers:
                 yield Buffers._site(name, layer)
 
-    def taps(
-        self, gather: Gather, device: torch.device, layer: int | None = None
-    ) -> dict[Site, Tap]:
-        """Taps that write a pass's rows, for all layers or one.
-
-        Args:
-            gather: Of the pass.
-            device: Where the pass runs, or begins.
-        """
+    def taps(self, gather: Gather, layer: int | None = None) -> dict[Site, Tap]:
+        """Taps that write a pass's rows, at all layers or one."""
         slots = torch.from_numpy(gather.rows - self._rows.start)
         flat = torch.from_numpy(gather.flat)
         several = bool((gather.counts != 1).any())

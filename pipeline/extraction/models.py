@@ -47,6 +47,7 @@ class ModelInfo:
         fingerprint: See `steering_service.core.fingerprint`.
         context: Longest input in tokens.
         dtype: Dtype of the checkpoint, as far as it is one that is computed in.
+        stored_half: Whether its weights are stored in two bytes each.
         layout: How its prompts can be packed.
         layout_reason: Why not as a trie with attention of ours, or None.
     """
@@ -60,6 +61,7 @@ class ModelInfo:
     d_model: int
     context: int
     dtype: DtypeName
+    stored_half: bool
     layout: Layout
     layout_reason: str | None
 
@@ -99,6 +101,7 @@ class ModelInfo:
             context=int(getattr(text, "max_position_embeddings", None) or 1 << 30),
             # float16 overflows on real activations, so it is never computed in.
             dtype="bfloat16" if "bfloat16" in stored else "float32",
+            stored_half="16" in stored,
             layout=layout,
             layout_reason=layout_reason,
         )
@@ -108,13 +111,19 @@ class ModelInfo:
         return self.num_heads * self.head_dim if stream == "z" else self.d_model
 
 
-def load_body(path: Path, dtype: DtypeName, device: str = "cpu") -> nn.Module:
+def load_body(
+    path: Path, dtype: DtypeName, device: str = "cpu", *, sharded: bool = False
+) -> nn.Module:
     """Load a decoder without its language-model head, which extraction never runs.
+
+    Args:
+        sharded: Whether it is spread over all devices that the process sees, block by block; the
+            device is then not looked at.
 
     Raises:
         NotFound, InvalidInput: See `ModelInfo.read`.
     """
-    return _load(transformers.AutoModel, path, dtype, device)
+    return _load(transformers.AutoModel, path, dtype, None if sharded else device)
 
 
 def load_model(path: Path, dtype: DtypeName, device: str = "cpu") -> nn.Module:
@@ -156,7 +165,7 @@ def _layout(config: Any) -> tuple[Layout, str | None]:
     return "batches", f"{name} takes no attention but transformers' own"
 
 
-def _load(kind: Any, path: Path, dtype: DtypeName, device: str) -> nn.Module:
+def _load(kind: Any, path: Path, dtype: DtypeName, device: str | None) -> nn.Module:
     # Its report would warn of the head that a body leaves out; what is missing is refused below.
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
@@ -169,6 +178,7 @@ def _load(kind: Any, path: Path, dtype: DtypeName, device: str) -> nn.Module:
                 dtype=DTYPES[dtype],
                 use_safetensors=True,
                 output_loading_info=True,
+                device_map="auto" if device is None else None,
                 **_SAFE,
             ),
         )
@@ -180,8 +190,8 @@ def _load(kind: Any, path: Path, dtype: DtypeName, device: str) -> nn.Module:
             f"such as {absent[0]}; they would be random. Save the model again",
             kind="model_weights",
         )
-    loaded: nn.Module = model.to(device).eval().requires_grad_(False)
-    return loaded
+    loaded: nn.Module = model if device is None else model.to(device)
+    return loaded.eval().requires_grad_(False)
 
 
 def _loaded(path: Path, what: str, load: Callable[[], _T]) -> _T:

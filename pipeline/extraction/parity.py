@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import GateRefused
-from pipeline.extraction.engine import ResidentEngine
+from pipeline.extraction.engine import Engine, ResidentEngine
 from pipeline.extraction.gather import Buffers
 from pipeline.extraction.models import DtypeName
 from pipeline.extraction.passes import ShardWork
@@ -50,36 +50,37 @@ class Parity:
 
 
 def check_parity(
-    engine: ResidentEngine,
+    engine: Engine,
     prompts: Sequence[PlannedPrompt],
     dtype: DtypeName,
-    layouts: Mapping[str, StreamLayout] | None = None,
     num_prompts: int = 4,
+    wanted: Mapping[str, StreamLayout] | None = None,
 ) -> Parity:
     """Compare an engine with the plain forward of its own weights.
 
     Args:
-        engine: Its body is run twice, packed and plainly.
+        engine: Its body, or the first blocks of it, is run twice, packed and plainly.
         prompts: Some are taken from the whole range of lengths, each with its neighbour, which
             shares the most with it.
-        layouts: What its rows should be; by default the engine's own.
+        wanted: What its rows should be; by default the engine's own.
 
     Raises:
         GateRefused: They differ by more than the dtype allows; names the site and the error.
         steering_service.core.errors.InvalidInput: A site is not what its stream is defined as.
     """
-    wanted = engine.layouts if layouts is None else layouts
+    packed, plain = engine.for_parity()
+    wanted = packed.layouts if wanted is None else wanted
     chosen = _chosen(prompts, num_prompts)
     first = sum(len(prompt.spans) for prompt in chosen)
-    (result,) = engine.run([ShardWork(0, range(first), chosen)])
+    (result,) = packed.run([ShardWork(0, range(first), chosen)])
     errors: dict[str, list[Tensor]] = {}
-    with engine.attending_plainly():
+    with plain.attending_plainly():
         # That packs give what plain forwards give, below; that a site is what it is called, here.
         shortest = min(chosen, key=lambda prompt: len(prompt.token_ids))
-        check_sums(engine.sites, engine.ids(shortest), list(Buffers.sites(wanted)))
+        check_sums(plain.sites, plain.ids(shortest), list(Buffers.sites(wanted)))
         for prompt in chosen:
-            reference = _plain_rows(engine, prompt, wanted)
-            for name, layout in wanted.items():
+            reference = _plain_rows(plain, prompt, wanted)
+            for name in wanted:
                 stop = prompt.first_row + len(prompt.spans)
                 got_RLW = torch.from_numpy(to_float32(result.values[name][prompt.first_row : stop]))
                 want_RLW = reference[name]
@@ -96,14 +97,14 @@ def check_parity(
         error_RL = torch.cat(parts)
         # Rounding can send a token to another expert, which changes its row at once and says
         # nothing of the engine; but it does so to few.
-        error_L = error_RL.median(dim=0).values if _routes(engine, dtype) else error_RL.amax(dim=0)
+        error_L = error_RL.median(dim=0).values if _routes(plain, dtype) else error_RL.amax(dim=0)
         for layer, error in zip(wanted[name].layers, error_L.tolist(), strict=True):
             if error > worst:
                 worst, worst_site = error, f"{name}.{layer}"
     if worst > TOLERANCES[dtype]:
         raise GateRefused(
             f"parity gate: at {worst_site} the engine differs from the plain forward of "
-            f"{type(engine.body).__name__} by {worst:.2e} (relative), more than the "
+            f"{type(plain.body).__name__} by {worst:.2e} (relative), more than the "
             f"{TOLERANCES[dtype]:.0e} that {dtype} allows; nothing was written. The model's "
             "attention may not be causal, or not be what a token trie needs: try packing = "
             '"batches" under [capture], and please report it with the model\'s config.json',
@@ -112,9 +113,9 @@ def check_parity(
     return Parity(len(chosen), worst, worst_site)
 
 
-def _routes(engine: ResidentEngine, dtype: DtypeName) -> bool:
+def _routes(plain: ResidentEngine, dtype: DtypeName) -> bool:
     """Whether tokens go to experts that a rounding in bfloat16 can change."""
-    text = engine.body.config.get_text_config()
+    text = plain.body.config.get_text_config()
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     return dtype == "bfloat16" and any((getattr(text, name, None) or 1) > 1 for name in names)
 
@@ -137,7 +138,7 @@ def _chosen(prompts: Sequence[PlannedPrompt], num_prompts: int) -> list[PlannedP
 
 
 def _plain_rows(
-    engine: ResidentEngine, prompt: PlannedPrompt, layouts: Mapping[str, StreamLayout]
+    plain: ResidentEngine, prompt: PlannedPrompt, layouts: Mapping[str, StreamLayout]
 ) -> dict[str, Tensor]:
     """Float32 [rows, L, W] by stream, from one unpadded forward."""
     kept: dict[Site, Tensor] = {}
@@ -146,10 +147,8 @@ def _plain_rows(
         for site in Buffers.sites(layouts)
         if site.stream != "resid_pre"
     }
-    with torch.inference_mode(), hooked(engine.sites, taps):
-        states = engine.body(
-            input_ids=engine.ids(prompt), output_hidden_states=True, use_cache=False
-        )
+    with torch.inference_mode(), hooked(plain.sites, taps):
+        states = plain.body(input_ids=plain.ids(prompt), output_hidden_states=True, use_cache=False)
     hidden = states.hidden_states
     for layer in range(len(hidden) - 1):
         kept[Site("resid_pre", layer)] = hidden[layer][0]

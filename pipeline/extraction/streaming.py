@@ -9,8 +9,9 @@ Shapes: N nodes of a pack, d width of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from pipeline.extraction.attention import NAME, Carried
 from pipeline.extraction.devices import free_memory, moved
-from pipeline.extraction.engine import ResidentEngine, ShardResult, drop_blocks, tapped
-from pipeline.extraction.gather import Buffers
-from pipeline.extraction.models import DTYPES, DtypeName
+from pipeline.extraction.engine import Engine, ResidentEngine, drop_blocks, tapped
+from pipeline.extraction.gather import Buffers, ShardResult
+from pipeline.extraction.models import DtypeName
 from pipeline.extraction.passes import Pass, Passes, ShardWork
 from pipeline.extraction.recording import Recording, record_calls
 from pipeline.extraction.weights import StreamedBody
@@ -32,6 +33,8 @@ from store.layout import StreamLayout
 _WAVE_SHARE: Final = 0.25
 """Share of the free memory that the hidden states of a wave may take: a block's own working memory
 and the shards' buffers need room too."""
+
+_PARITY_BLOCKS: Final = 2
 
 
 @dataclass(slots=True)
@@ -54,56 +57,70 @@ class StreamedEngine:
     """Computes waves of shards with a body whose blocks are loaded one by one.
 
     Args:
-        path: Model folder; its blocks stay on the disk.
-        dtype: Dtype of the computation.
+        body: Of the model.
         layouts: The arrays that are written, by stream.
         packing: How prompts become forward passes.
-        device: ``cpu`` or a CUDA device.
+        reference: Opens the model again, to attend as transformers would have it.
         wave_bytes: Most memory that the hidden states of a wave take; by default a share of what is
             free when the wave begins.
     """
 
     def __init__(
         self,
+        body: StreamedBody,
+        layouts: Mapping[str, StreamLayout],
+        packing: Packing,
+        reference: Callable[[], StreamedBody],
+        wave_bytes: int | None = None,
+    ) -> None:
+        self.layouts, self.packing = layouts, packing
+        self._body, self._reference = body, reference
+        parameter = next(p for p in body.body.parameters() if not p.is_meta)
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._sites = ModelSites.of(body.body)
+        self._passes = Passes(packing, self._device, self._dtype)
+        self._num_layers = max(layout.layers[-1] for layout in layouts.values()) + 1
+        self._wave_bytes = wave_bytes
+        for site in Buffers.sites(layouts):
+            self._sites.check(site)
+
+    @classmethod
+    def load(
+        cls,
         path: Path,
         dtype: DtypeName,
         layouts: Mapping[str, StreamLayout],
         packing: Packing,
         device: str,
         wave_bytes: int | None = None,
-    ) -> None:
-        self.layouts, self.packing = layouts, packing
-        self._path, self._dtype = path, dtype
-        self._device = torch.device(device)
+    ) -> StreamedEngine:
+        """Open a model; its blocks stay on the disk."""
         attention = NAME if packing.layout == "trie" else None
-        self._body = StreamedBody.open(path, dtype, device, attn_implementation=attention)
-        self._sites = ModelSites.of(self._body.body)
-        self._passes = Passes(packing, self._device, DTYPES[dtype])
-        self._num_layers = max(layout.layers[-1] for layout in layouts.values()) + 1
-        self._wave_bytes = wave_bytes
-        for site in Buffers.sites(layouts):
-            self._sites.check(site)
+        body = StreamedBody.open(path, dtype, device, attn_implementation=attention)
+        reference = partial(StreamedBody.open, path, dtype, device)
+        return cls(body, layouts, packing, reference, wave_bytes)
 
     def run(self, work: Sequence[ShardWork]) -> Iterator[ShardResult]:
         """Compute shards, as many at a time as the memory holds; see `Engine`."""
         for wave in self._waves(work):
             yield from self._run_wave(wave)
 
-    def reference(self, num_blocks: int = 2) -> ResidentEngine:
-        """A resident engine of the first blocks alone, for the parity gate: the whole model would
-        not fit where it is streamed. It records all of them, whichever layers are wanted."""
-        layers = tuple(range(min(num_blocks, self._sites.num_layers)))
+    def for_parity(self) -> tuple[Engine, ResidentEngine]:
+        """See `Engine`: of both the first blocks alone, since the whole model would not fit where
+        it is streamed. They record all of them, whichever layers are wanted."""
+        layers = tuple(range(min(_PARITY_BLOCKS, self._sites.num_layers)))
         layouts = {name: replace(layout, layers=layers) for name, layout in self.layouts.items()}
-        body = StreamedBody.open(self._path, self._dtype, str(self._device))
+        body = self._reference()
         for layer in layers:
             body.load_block(layer)
         drop_blocks(body.body, len(layers))
-        return ResidentEngine(body.body, layouts, self.packing)
+        shallow = StreamedEngine(self._body, layouts, self.packing, self._reference)
+        return shallow, ResidentEngine(body.body, layouts, self.packing)
 
     def _waves(self, work: Sequence[ShardWork]) -> Iterator[list[ShardWork]]:
         limit = self._wave_bytes or int(_WAVE_SHARE * free_memory(self._device))
         # In and out of a block.
-        per_token = 2 * self._sites.d_model * DTYPES[self._dtype].itemsize
+        per_token = 2 * self._sites.d_model * self._dtype.itemsize
         wave: list[ShardWork] = []
         size = 0
         for shard in work:

@@ -53,6 +53,7 @@ class Plan:
         num_nodes: Nodes of their trie: tokens that are computed where packs share them.
         num_rows: Rows of every array.
         quarantined: Rows of the prompt files that were left out.
+        max_quarantined: Share of all rows that may be, extraction's included.
     """
 
     cache: ActivationCache
@@ -63,6 +64,7 @@ class Plan:
     num_nodes: int
     num_rows: int
     quarantined: tuple[Quarantined, ...]
+    max_quarantined: float
 
     @property
     def num_bytes(self) -> int:
@@ -169,6 +171,7 @@ def plan(run: RunFile, root: Location) -> Plan:
         num_nodes=_num_nodes(prompts),
         num_rows=rows.num_rows,
         quarantined=tuple(quarantined),
+        max_quarantined=run.prompts.max_quarantined,
     )
 
 

@@ -133,7 +133,7 @@ def fill_shards(
         """Tokens that are computed again after the ends of shards."""
         first_rows = np.cumsum([0, *(num_rows[i] for i in order)])[:-1]
         shards = first_rows // rows_per_shard
-        ends = np.flatnonzero(np.diff(shards))
+        ends: list[int] = np.flatnonzero(np.diff(shards)).tolist()
         return sum(shared_length(prompts[order[i]], prompts[order[i + 1]]) - prefix for i in ends)
 
     as_given = list(range(len(prompts)))

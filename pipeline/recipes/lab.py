@@ -24,6 +24,7 @@ from pipeline.evaluation.suites import AnySuite, Point, sweep
 from pipeline.extraction.models import DtypeName, ModelInfo
 from pipeline.extraction.workers import Receipt, extract
 from pipeline.prompts.plan import Plan, plan
+from pipeline.ray_runtime import Pool
 from pipeline.reduction.methods import Method
 from pipeline.reduction.reduce import reduce
 from pipeline.reduction.results import Reduction
@@ -89,7 +90,7 @@ class Lab:
             extract(
                 planned,
                 self.root,
-                num_workers=self.num_workers,
+                pool=Pool(self.num_workers),
                 device=self.device,
                 address=self.ray,
                 on_receipt=on_receipt,

@@ -66,7 +66,7 @@ def make_task(ray_running: None, model: Path, tmp_path_factory: pytest.TempPathF
         cache = plan(load_run_file(folder / "run.toml"), root).cache
         worker = ShardWorker(root.url, cache.digest, str(model), "float32", "cpu")
         for shard in cache.missing():
-            worker({"shard": shard})
+            worker({"shards": [shard]})
         cache.seal()
         return cache.digest, reduce(cache, root, method="difference_of_means", num_workers=1).digest
 

@@ -112,7 +112,7 @@ def extracted(run: Path, root: Location) -> Plan:
     planned = plan(load_run_file(run), root)
     worker = ShardWorker(root.url, planned.cache.digest, str(MODEL), "float32", "cpu")
     for shard in planned.cache.missing():
-        worker({"shard": shard})
+        worker({"shards": [shard]})
     planned.cache.seal()
     return planned
 

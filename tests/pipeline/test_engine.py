@@ -290,7 +290,7 @@ def test_parity_refuses_rows_of_another_layer(make_plan: Any) -> None:
         planned.model.path, "float32", {**shifted}, Packing.read(planned.cache.capture), "cpu"
     )
     with pytest.raises(GateRefused, match="parity gate: at resid_post"):
-        check_parity(engine, read_prompts(planned.cache), "float32", planned.cache.streams)
+        check_parity(engine, read_prompts(planned.cache), "float32", wanted=planned.cache.streams)
 
 
 def test_a_model_folders_own_code_never_runs(make_model: Any, tmp_path: Path) -> None:

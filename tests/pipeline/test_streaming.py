@@ -30,7 +30,7 @@ def make_work(planned: Plan) -> list[ShardWork]:
 
 def streamed(planned: Plan, dtype: Any, **options: Any) -> StreamedEngine:
     packing = Packing.read(planned.cache.capture)
-    return StreamedEngine(
+    return StreamedEngine.load(
         planned.model.path, dtype, planned.cache.streams, packing, "cpu", **options
     )
 
@@ -102,10 +102,25 @@ def test_a_poisoned_prompt_is_quarantined_alone(make_model: Any, make_plan: Any)
 
 def test_the_gate_checks_the_first_blocks_where_the_whole_does_not_fit(make_plan: Any) -> None:
     planned = make_plan(capture='streams = ["resid_post", "mlp_out"]')
-    engine = streamed(planned, "float32").reference()
-    assert len(engine.body.layers) == 2
-    parity = check_parity(engine, read_prompts(planned.cache), "float32")
-    assert parity.worst < 1e-5
+    engine = streamed(planned, "float32")
+    assert len(engine.for_parity()[1].body.layers) == 2
+    assert check_parity(engine, read_prompts(planned.cache), "float32").worst < 1e-5
     only_above = make_plan(capture='streams = ["resid_post"]\nlayers = [2]')
-    engine = streamed(only_above, "float32").reference()
-    assert check_parity(engine, read_prompts(only_above.cache), "float32").worst_site != "none"
+    parity = check_parity(
+        streamed(only_above, "float32"), read_prompts(only_above.cache), "float32"
+    )
+    assert parity.worst_site != "none"
+
+
+def test_a_sharded_model_gives_the_same_bytes(make_plan: Any) -> None:
+    # Here all devices are one CPU, but the model goes through accelerate's hooks.
+    planned = make_plan(prompts=f'system = "{SYSTEM}"')
+    packing = Packing.read(planned.cache.capture)
+    engine = ResidentEngine.load(
+        planned.model.path, "float32", planned.cache.streams, packing, "cpu", sharded=True
+    )
+    work = make_work(planned)
+    for one, other in zip(engine.run(work), resident(planned, "float32").run(work), strict=True):
+        for name, values in other.values.items():
+            assert one.values[name].tobytes() == values.tobytes()
+    assert check_parity(engine, read_prompts(planned.cache), "float32").worst < 1e-5

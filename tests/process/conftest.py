@@ -6,11 +6,15 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +25,16 @@ import pytest
 NUM_PAIRS = 1792
 TIMEOUT_S = 400
 _MARK = "STEERAGE_TEST_RUN"
+_CLUSTER = {
+    # Tokens would be kept in the home folder of whoever runs the tests.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A node is given up after two seconds; Ray's default is fifteen.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+}
 _GONE = (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess)
 
 
@@ -30,6 +44,7 @@ class Driver:
 
     run_file: Path
     store: Path
+    flags: tuple[str, ...] = ()
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     process: subprocess.Popen[str] | None = None
 
@@ -37,12 +52,12 @@ class Driver:
         self.process = subprocess.Popen(
             [
                 *(str(Path(sys.executable).with_name("steerage")), "extract", str(self.run_file)),
-                *("--store", str(self.store), "--workers", "2", "--json"),
+                *("--store", str(self.store), "--workers", "2", "--json", *self.flags),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, _MARK: self.mark},
+            env={**os.environ, "RAY_AUTH_MODE": "disabled", _MARK: self.mark},
             # A group of its own, as a shell gives every job: Ctrl-C reaches all of it.
             start_new_session=True,
         )
@@ -68,34 +83,149 @@ class Driver:
 
     def family(self) -> list[psutil.Process]:
         """Living processes that inherited this driver's environment, itself included."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(*_GONE):
-                alive = process.status() != psutil.STATUS_ZOMBIE
-                if alive and process.environ().get(_MARK) == self.mark:
-                    found.append(process)
-        return found
+        return marked(self.mark)
 
     def shard_workers(self) -> list[psutil.Process]:
         """The Ray actors that hold a model."""
-        workers = []
-        for process in self.family():
-            with contextlib.suppress(*_GONE):
-                if "MapWorker" in process.cmdline()[0]:
-                    workers.append(process)
-        return workers
+        return shard_workers_of(self.family())
 
     def wait_for_family_to_end(self, timeout_s: float) -> list[str]:
         """Command lines of what is still alive when the time is over; it is killed."""
-        deadline = time.monotonic() + timeout_s
-        while (left := self.family()) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        names = []
-        for process in left:
+        return wait_for_end(self.mark, timeout_s)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes that were started with a mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(*_GONE):
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            if alive and process.environ().get(_MARK) == mark:
+                found.append(process)
+    return found
+
+
+def shard_workers_of(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are Ray actors of an actor pool."""
+    workers = []
+    for process in processes:
+        with contextlib.suppress(*_GONE):
+            if "MapWorker" in process.cmdline()[0]:
+                workers.append(process)
+    return workers
+
+
+def wait_for_end(mark: str, timeout_s: float) -> list[str]:
+    """Command lines of what is still alive when the time is over; it is killed."""
+    deadline = time.monotonic() + timeout_s
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    names = []
+    for process in left:
+        with contextlib.suppress(*_GONE):
+            names.append(" ".join(process.cmdline())[:120])
+            process.kill()
+    return names
+
+
+@dataclass
+class Node:
+    """A raylet and what it starts, such as a machine of a cluster."""
+
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def start(self, *flags: str) -> Node:
+        """Join, or with ``--head`` begin, a cluster; returns once it runs."""
+        done = subprocess.run(
+            [
+                *(str(Path(sys.executable).with_name("ray")), "start", *flags),
+                *("--object-store-memory", str(80_000_000)),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env={**os.environ, **_CLUSTER, _MARK: self.mark},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return self
+
+    def raylet(self) -> psutil.Process:
+        for process in marked(self.mark):
             with contextlib.suppress(*_GONE):
-                names.append(" ".join(process.cmdline())[:120])
-                process.kill()
-        return names
+                if process.name() == "raylet":
+                    return process
+        raise AssertionError("the node has no raylet")
+
+    def shard_workers(self) -> list[psutil.Process]:
+        return shard_workers_of(marked(self.mark))
+
+    def end(self) -> None:
+        """Kill all of it at once, as when a machine is switched off."""
+        wait_for_end(self.mark, 0)
+
+
+@dataclass
+class Cluster:
+    """A Ray cluster of several raylets on this machine: a head without CPUs, and nodes of one."""
+
+    address: str
+    folder: Path
+    head: Node
+    nodes: list[Node] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, num_nodes: int) -> Cluster:
+        # Not pytest's folder: a socket's path may have 107 characters.
+        folder = Path(tempfile.mkdtemp(prefix="ray-test-"))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        head = Node()
+        cluster = cls(f"127.0.0.1:{port}", folder, head)
+        try:
+            head.start(
+                *("--head", "--port", str(port), "--num-cpus", "0", "--temp-dir", str(folder)),
+                *("--include-dashboard", "false", "--node-ip-address", "127.0.0.1"),
+            )
+            for _ in range(num_nodes):
+                cluster.add_node()
+        except BaseException:
+            cluster.end()
+            raise
+        return cluster
+
+    def add_node(self) -> Node:
+        self.nodes.append(Node())
+        flags = ("--address", self.address, "--num-cpus", "1", "--node-ip-address", "127.0.0.1")
+        return self.nodes[-1].start(*flags)
+
+    def lose_node(self, node: Node) -> None:
+        """kill -9 of the raylet; its workers end by themselves, as Ray promises."""
+        workers = node.shard_workers()
+        node.raylet().kill()
+        self.nodes.remove(node)
+        _, alive = psutil.wait_procs(workers, timeout=60)
+        assert alive == [], "workers outlive their raylet"
+        # Ray's log monitor outlives it.
+        node.end()
+
+    def shard_workers(self) -> list[psutil.Process]:
+        return [worker for node in self.nodes for worker in node.shard_workers()]
+
+    def shards_begun(self) -> Counter[int]:
+        """How often each shard was begun, by any worker of any run."""
+        begun: Counter[int] = Counter()
+        for path in self.folder.glob("session_2*/logs/worker-*.err"):
+            for line in path.read_text(errors="replace").splitlines():
+                words = line.split()
+                if words[-3:-1] == ["shard", "begun"]:
+                    begun[int(words[-1])] += 1
+        return begun
+
+    def end(self) -> None:
+        for node in (*self.nodes, self.head):
+            node.end()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -136,7 +266,7 @@ class Cache:
         }
 
 
-StartDriver = Callable[[Path], Driver]
+StartDriver = Callable[..., Driver]
 
 
 @pytest.fixture
@@ -144,8 +274,8 @@ def start_driver(run_file: Path) -> Iterator[StartDriver]:
     """Start `steerage extract` on a store; whatever it leaves behind is killed at the end."""
     drivers: list[Driver] = []
 
-    def start(store: Path) -> Driver:
-        drivers.append(Driver(run_file, store).start())
+    def start(store: Path, *flags: str, run: Path = run_file) -> Driver:
+        drivers.append(Driver(run, store, flags).start())
         return drivers[-1]
 
     yield start
@@ -194,3 +324,17 @@ def undisturbed(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     assert driver.wait_for_family_to_end(30) == []
     assert Cache(store).num_committed() >= 16
     return Cache(store).contents()
+
+
+@pytest.fixture(scope="module")
+def start_cluster() -> Iterator[Callable[[int], Cluster]]:
+    """Start a Ray cluster; all of its processes are killed at the end."""
+    clusters: list[Cluster] = []
+
+    def start(num_nodes: int) -> Cluster:
+        clusters.append(Cluster.start(num_nodes))
+        return clusters[-1]
+
+    yield start
+    for cluster in clusters:
+        cluster.end()

@@ -81,7 +81,7 @@ def store(folder, ray_running):
         cache = plan(load_run_file(folder / name), root).cache
         worker = ShardWorker(root.url, cache.digest, str(MODEL), "float32", "cpu")
         for shard in cache.missing():
-            worker({"shard": shard})
+            worker({"shards": [shard]})
         cache.seal()
         if name == "refusal.toml":
             reduce(cache, root, method="difference_of_means", num_workers=1)
