@@ -44,14 +44,55 @@ _CPUS = max(1, os.cpu_count() or 1)
 
 
 @app.command()
-def plan(run_file: RunPath, store: StoreUrl = DEFAULT_STORE, as_json: AsJson = False) -> None:
+def plan(
+    run_file: RunPath,
+    store: StoreUrl = DEFAULT_STORE,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Say what extraction will cost too: engine, tokens, FLOPs, bytes, memory, hours.",
+        ),
+    ] = False,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            "--hardware",
+            help="With --explain: what the hours are for, such as h100; by default this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Workers = _CPUS,
+    gpus_per_worker: GpusPerWorker = None,
+    device: Device = "cpu",
+    engine: EngineFlag = "auto",
+    as_json: AsJson = False,
+) -> None:
     """Read and tokenise the prompts, and say what extraction would do.
 
     Bad rows are reported with file, line and reason and left out; the run stops only past the share
-    that prompts.max_quarantined allows.
+    that prompts.max_quarantined allows. Workers, device and engine matter to --explain alone.
     """
     _, _, planned = planning(run_file, store)
-    show(planned.summary() | {"cache": where(planned.cache.location)}, as_json, "Plan")
+    summary = planned.summary() | {"cache": where(planned.cache.location)}
+    if not explain:
+        show(summary, as_json, "Plan")
+        return
+    from pipeline.extraction.preflight import preflight
+
+    costs = preflight(
+        planned,
+        workers=workers,
+        device=device,
+        engine=None if engine == "auto" else engine,
+        hardware=hardware,
+        gpus=1 if gpus_per_worker is None else gpus_per_worker,
+    )
+    if as_json:
+        show(summary | {"explain": costs.summary()}, True, "")
+    else:
+        show(summary, False, "Plan")
+        show(costs.readable(), False, "What it will cost")
 
 
 @app.command()

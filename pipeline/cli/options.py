@@ -65,8 +65,8 @@ EngineFlag = Annotated[
     typer.Option(
         "--engine",
         help="resident: the model lies on a worker's device whole; sharded: on all GPUs of a "
-        "worker together; streamed: its blocks are loaded one by one, for models larger than the memory; "
-        "auto: what the memory allows. The activations are the same.",
+        "worker together; streamed: its blocks are loaded one by one, for models larger than the "
+        "memory; auto: what the memory allows. The activations are the same.",
     ),
 ]
 RayAddress = Annotated[

@@ -36,7 +36,7 @@ CAPTURE_SCHEMA: Final = 2
 QUARANTINE_FILE: Final = "quarantine.jsonl"
 
 _ROWS_PER_CHUNK: Final = 32
-_MIN_SHARDS: Final = 16
+_MIN_SHARDS: Final = 32
 """A small corpus is still split, so that several workers have something to do."""
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.control.rows import read_rows
 from pipeline.errors import InvalidInput, NotFound
-from pipeline.prompts.plan import read_prompts
+from pipeline.prompts.worklist import read_prompts
 from steering_service.core.site import Site
 from store.activations import ActivationCache
 from store.bfloat16 import from_float32, to_float32

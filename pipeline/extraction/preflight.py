@@ -1,0 +1,298 @@
+"""Preflight: what an extraction is going to cost, told from the plan before anything runs.
+
+Sizes are counted; times are FLOPs over a stated share of a device's peak, and so are estimates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+import transformers
+
+from pipeline.errors import InvalidInput
+from pipeline.extraction.engines import (
+    EngineName,
+    choose_engine,
+    weight_bytes,
+    worker_memory,
+)
+from pipeline.extraction.loading import meta_body
+from pipeline.extraction.models import DTYPES, DtypeName
+from pipeline.prompts.plan import Plan
+from pipeline.prompts.trie import build_packs
+from pipeline.prompts.worklist import read_shard
+from steering_service.adapters.sites import ModelSites
+
+_SAMPLED_SHARDS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A device that a time is estimated for.
+
+    Attributes:
+        memory: Bytes.
+        tflops: Dense peak in bfloat16, as its maker gives it; measured for this machine's CPU.
+        utilization: Share of the peak that is assumed.
+    """
+
+    name: str
+    memory: int
+    tflops: float
+    utilization: float
+
+
+def _gpu(name: str, gib: int, tflops: float) -> Hardware:
+    return Hardware(name, gib << 30, tflops, 0.5)
+
+
+HARDWARE: Final[Mapping[str, Hardware]] = {
+    hardware.name: hardware
+    for hardware in (
+        _gpu("h200", 141, 989),
+        _gpu("h100", 80, 989),
+        _gpu("a100-80gb", 80, 312),
+        _gpu("a100-40gb", 40, 312),
+        _gpu("l40s", 48, 362),
+        _gpu("a10g", 24, 70),
+        _gpu("l4", 24, 121),
+        _gpu("rtx5090", 32, 210),
+        _gpu("rtx4090", 24, 165),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What a run will cost.
+
+    Attributes:
+        engine: That computes, and why.
+        tokens: Of all prompts.
+        trie_nodes: Different ones, in the order of the plan.
+        tokens_computed: With what packs and shards compute again; of a sample of shards if there
+            are many.
+        tflop: Of the blocks up to the highest wanted layer, attention included.
+        num_bytes: Of the arrays.
+        objects: That the cache will consist of.
+        weight_bytes: Of the model, in the dtype of the computation.
+        shard_bytes: That a worker gathers before it writes.
+        pack_bytes: Working memory of one pass, roughly: what the widest layer makes of its tokens.
+        shard_balance: Tokens of the largest sampled shard over their mean.
+        hours: On all workers together, without loading the model; an estimate.
+        hardware: What that is for.
+        assumed_utilization: Share of its peak that the estimate assumes.
+    """
+
+    engine: EngineName
+    engine_why: str
+    tokens: int
+    trie_nodes: int
+    tokens_computed: int
+    tflop: float
+    num_bytes: int
+    objects: int
+    weight_bytes: int
+    shard_bytes: int
+    pack_bytes: int
+    shard_balance: float
+    workers: int
+    hours: float
+    hardware: str
+    assumed_utilization: float
+
+    def summary(self) -> dict[str, Any]:
+        """What `steerage plan --explain --json` adds."""
+        return asdict(self)
+
+    def readable(self) -> dict[str, str]:
+        """The same for people, with units."""
+        saved = 1 - self.tokens_computed / self.tokens
+        return {
+            "engine": f"{self.engine} ({self.engine_why})",
+            "tokens": f"{self.tokens:,} in the prompts, {self.trie_nodes:,} different ones, "
+            f"{self.tokens_computed:,} computed ({saved:.0%} saved)",
+            "compute": f"{self.tflop:,.4g} TFLOP; the largest shard is {self.shard_balance:.2f} "
+            "times the mean",
+            "store": f"{_size(self.num_bytes)} in {self.objects:,} objects",
+            "memory a worker": f"weights {_size(self.weight_bytes)}, shard "
+            f"{_size(self.shard_bytes)} twice, pack about {_size(self.pack_bytes)}",
+            "time": f"about {_duration(self.hours)} on {self.workers} worker(s) of "
+            f"{self.hardware}, at an assumed {self.assumed_utilization:.0%} of its peak, without "
+            "starting and loading",
+        }
+
+
+def preflight(
+    planned: Plan,
+    *,
+    workers: int,
+    device: str = "cpu",
+    engine: EngineName | None = None,
+    hardware: str | None = None,
+    gpus: float = 1,
+    cpus: float = 1,
+) -> Preflight:
+    """Count what a plan will cost.
+
+    Args:
+        planned: From `plan`.
+        workers: Workers at a time.
+        device: ``cpu`` or ``cuda``.
+        engine: As asked for; None to choose.
+        hardware: Name in `HARDWARE`; None for this machine.
+        gpus: GPUs of a worker.
+        cpus: CPUs of a worker.
+
+    Raises:
+        InvalidInput: Unknown hardware, or an engine that it cannot run.
+    """
+    dtype: DtypeName = planned.cache.capture["model"]["dtype"]
+    named = _hardware(hardware, device, dtype)
+    on_gpu = named.name in HARDWARE or device == "cuda"
+    if hardware is None and device == "cpu":
+        memory = worker_memory("cpu", workers, cpus, 0)
+    else:
+        memory = int(named.memory * min(gpus, 1))
+    weights = weight_bytes(planned.model, dtype)
+    choice = choose_engine(engine, weights, memory, "cuda" if on_gpu else "cpu", gpus)
+    active, widest, attention = _block_sizes(planned, dtype)
+    tokens, contexts, balance = _tokens(planned)
+    flop = 2.0 * active * tokens + attention * contexts
+    layouts = planned.cache.streams.values()
+    layout = next(iter(layouts))
+    itemsize = DTYPES[dtype].itemsize
+    return Preflight(
+        engine=choice.name,
+        engine_why=choice.why,
+        tokens=planned.num_tokens,
+        trie_nodes=planned.num_nodes,
+        tokens_computed=tokens,
+        tflop=flop / 1e12,
+        num_bytes=planned.num_bytes,
+        # Of each stream its shards and their records; the metadata, the plan, the marker.
+        objects=len(layouts) * (2 * layout.num_shards + 1) + 6,
+        weight_bytes=weights,
+        shard_bytes=sum(one.shard_nbytes(0) for one in layouts),
+        pack_bytes=planned.packing.tokens * widest * itemsize,
+        shard_balance=balance,
+        workers=workers,
+        hours=flop / (named.tflops * 1e12 * named.utilization * workers * max(gpus, 1)) / 3600,
+        hardware=named.name,
+        assumed_utilization=named.utilization,
+    )
+
+
+def _hardware(name: str | None, device: str, dtype: DtypeName) -> Hardware:
+    if name is not None:
+        if name not in HARDWARE:
+            raise InvalidInput(
+                f"--hardware {name!r} is not known; expected one of {', '.join(sorted(HARDWARE))}, "
+                "or leave it out for this machine",
+                kind="hardware",
+            )
+        return HARDWARE[name]
+    if device == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        wanted = properties.name.lower().replace(" ", "").replace("-", "")
+        for known in HARDWARE.values():
+            if known.name.split("-")[0] in wanted:
+                return Hardware(
+                    properties.name, properties.total_memory, known.tflops, known.utilization
+                )
+        return Hardware(
+            properties.name, properties.total_memory, _measured_tflops("cuda", dtype), 0.6
+        )
+    if device == "cuda":
+        raise InvalidInput(
+            "--device cuda: PyTorch sees no GPU here to tell the time for; name one with "
+            f"--hardware, of {', '.join(sorted(HARDWARE))}",
+            kind="hardware",
+        )
+    return Hardware("this machine, one thread a worker", 0, _measured_tflops("cpu", dtype), 0.6)
+
+
+def _measured_tflops(device: str, dtype: DtypeName) -> float:
+    """Of a large product, the best of some: on a CPU of one thread, as a worker has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    size = 1024 if device == "cpu" else 8192
+    try:
+        a = torch.ones(size, size, dtype=DTYPES[dtype], device=device)
+        best = float("inf")
+        for _ in range(4):
+            start = time.perf_counter()
+            float((a @ a)[0, 0])
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * size**3 / best / 1e12
+
+
+def _block_sizes(planned: Plan, dtype: DtypeName) -> tuple[float, int, float]:
+    """Weights that a token meets, the widest output of a layer, and attention's FLOPs per token and
+    key, over the blocks up to the highest wanted layer."""
+    body = meta_body(planned.model.path, DTYPES[dtype], None)
+    sites = ModelSites.of(body)
+    config: Any = body.config
+    text = config.get_text_config()
+    last = max(layout.layers[-1] for layout in planned.cache.streams.values())
+    blocks = sites.blocks[: last + 1]
+    active, widest = 0.0, sites.d_model
+    for block in blocks:
+        for name, parameter in block.named_parameters():
+            share = _expert_share(text) if ".experts." in f".{name}" else 1.0
+            active += share * parameter.numel()
+            if parameter.ndim == 2:
+                widest = max(widest, *parameter.shape)
+    # Scores and their sum over values: two products of a multiply and an addition each.
+    attention = 4.0 * sites.num_heads * sites.head_dim * len(blocks)
+    return active, widest, attention
+
+
+def _expert_share(text: transformers.PretrainedConfig) -> float:
+    """Share of the experts that a token goes to."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    total = next((getattr(text, name) for name in names if getattr(text, name, None)), 1)
+    return float(getattr(text, "num_experts_per_tok", None) or 1) / float(total)
+
+
+def _tokens(planned: Plan) -> tuple[int, float, float]:
+    """Tokens computed, their keys, and the largest shard over the mean."""
+    cache, packing = planned.cache, planned.packing
+    layout = next(iter(cache.streams.values()))
+    step = max(1, layout.num_shards // _SAMPLED_SHARDS)
+    shards = range(0, layout.num_shards, step)
+    counts, keys = [], []
+    for shard in shards:
+        prompts, rows = read_shard(cache, shard), layout.shard_rows(shard)
+        if packing.layout == "batches":
+            lengths = [len(prompt.token_ids) for prompt in prompts]
+            counts.append(sum(lengths))
+            keys.append(sum(n * (n + 1) / 2 for n in lengths))
+            continue
+        packs = list(build_packs(prompts, rows, packing.tokens, packing.prefix, packing.carries))
+        counts.append(sum(pack.num_tokens for pack in packs))
+        keys.append(float(sum(np.sum(pack.positions[pack.carried :] + 1) for pack in packs)))
+    share = layout.num_shards / len(shards)
+    balance = max(counts) / (sum(counts) / len(counts))
+    return round(share * sum(counts)) + packing.prefix, share * sum(keys), balance
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.3g} TiB"
+
+
+def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.2g} s"
+    return f"{hours * 60:.3g} min" if hours < 1 else f"{hours:.3g} h"
