@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help demo repro test lint types contracts unit test-faults bench-real protos pins clean
+.PHONY: help demo repro test lint types contracts unit test-faults bench-real bench-peers bench-extraction \
+	protos pins clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -53,6 +54,20 @@ test-faults: $(VENV)/.dev  ## Kill -9 and the whole demo, on real processes (min
 STEERAGE_SHARED ?= ../shared
 bench-real: $(VENV)/.demo  ## A real model and a real data set; wants STEERAGE_SHARED=FOLDER
 	$(BIN)/python benchmarks/real_input.py --model $(STEERAGE_SHARED)/models/stories260K \
+		--questions $(STEERAGE_SHARED)/data/coordinate-other-ais.jsonl
+
+# Each peer in an environment of its own: their pins clash.
+PEERS := $(basename $(notdir $(wildcard benchmarks/extraction_peers/pins/*.txt)))
+.venv-bench-%/.ready: benchmarks/extraction_peers/pins/%.txt
+	@echo "installing $* into .venv-bench-$* (once; some minutes)"
+	$(PYTHON) -m venv .venv-bench-$*
+	.venv-bench-$*/bin/pip --disable-pip-version-check --quiet install --requirement $<
+	@touch $@
+
+bench-peers: $(PEERS:%=.venv-bench-%/.ready)  ## Install what bench-extraction compares with
+
+bench-extraction: $(VENV)/.demo bench-peers  ## Extraction beside its peers (an hour); wants STEERAGE_SHARED=FOLDER
+	$(BIN)/python benchmarks/extraction.py --out benchmarks/results/extraction.json \
 		--questions $(STEERAGE_SHARED)/data/coordinate-other-ais.jsonl
 
 protos: $(VENV)/.dev  ## Generate the gRPC stubs anew

@@ -281,8 +281,7 @@ class FpwapPreloaded:
             **self.settings(),
         ).run()
         layers = [
-            result.activations(layer=i, hook="residual_post").flat
-            for i in range(self.num_layers())
+            result.activations(layer=i, hook="residual_post").flat for i in range(self.num_layers())
         ]
         return {"resid_post": torch.stack(layers, dim=1).float().numpy()}
 

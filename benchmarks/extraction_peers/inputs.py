@@ -77,13 +77,14 @@ class Case:
     run_file: Path
 
 
-def build_model(folder: Path, shape: Shape, questions: Path) -> Path:
+def build_model(folder: Path, shape: Shape, questions: Path, layers: int | None = None) -> Path:
     """Save a random Llama and a byte-level BPE tokenizer trained on the questions.
 
     Args:
         folder: Where to; a model that is there already is kept.
         shape: Its size.
         questions: CAA file; its texts train the tokenizer.
+        layers: Another number of layers than the shape's.
 
     Returns:
         The folder.
@@ -115,6 +116,8 @@ def build_model(folder: Path, shape: Shape, questions: Path) -> Path:
     config_file.write_text(json.dumps(saved, indent=2))
 
     settings = dict(_SHAPES[shape])
+    if layers is not None:
+        settings["num_hidden_layers"] = layers
     dtype = getattr(torch, settings.pop("dtype"))
     config = transformers.LlamaConfig(
         max_position_embeddings=4096,
@@ -179,10 +182,12 @@ def build_unshared(folder: Path, model: Path, count: int, name: str = "unshared"
     return _case(folder, name, model, lines, None, template="none")
 
 
-def repeat_with_changes(folder: Path, model: Path, questions: Path, times: int) -> Case:
+def repeat_with_changes(
+    folder: Path, model: Path, questions: Path, limit: int | None, times: int
+) -> Case:
     """The questions `times` over, each copy with another opening, so that none is a duplicate."""
     rows = []
-    for line in questions.read_text(encoding="utf-8").splitlines():
+    for line in questions.read_text(encoding="utf-8").splitlines()[:limit]:
         row = json.loads(line)
         for copy in range(times):
             rows.append(json.dumps(row | {"question": f"Case {copy}. {row['question']}"}))

@@ -1,0 +1,445 @@
+"""Extraction beside its peers: the same prompts, model, machine and threads, in one run.
+
+    make bench-extraction                                        # installs the peers, then all cases
+    python benchmarks/extraction.py --questions FILE --limit 40 --rounds 1 --cases pairs   # a look
+
+Every contestant runs in its own process with two threads in all (ours: two workers of one thread;
+a peer: torch.set_num_threads(2)). Contestants take turns within a round; figures are medians over
+rounds. Before a peer's time counts, its rows are compared with plain transformers run on one text
+at a time. All give every layer's resid_post at the last token; those that can, z as well.
+
+Three times are taken of each run, and every ratio below is given for all three:
+
+    NAME            warm: from the prompts' texts to the finished result, process up. A peer has its
+                    model loaded and ends with arrays in memory. Ours has Ray started and nothing
+                    else: it reads, renders, tokenises, plans, starts its workers, which load the
+                    model, passes the parity gate, computes, writes to disk and seals.
+    NAME_cold       the whole command: from the process's start to the finished result; ours until
+                    `steerage extract` has ended and Ray is down.
+    NAME_running    warm, less the time until the first worker computes its first shard (parity
+                    gate, workers' start, loading the model), as a peer's model is loaded too.
+
+Headlines (a ratio of times: how many times faster we are, if not said otherwise):
+
+    pairs_vs_best_peer               questions with both answers: the fastest of all peers
+    pairs_vs_typical_peer            the fastest of unsorted transformers, TransformerLens, nnsight
+                                     and steering-vectors
+    long_system_prompt_vs_best_peer  the same under one system prompt of 800 tokens, on the first
+                                     --long-questions questions, for us as for the peers
+    unshared_vs_forward              distinct prompts of 64 to 256 tokens: our prompts/s over those
+                                     of the decoder body alone on perfectly packed tokens
+    rss_growth_10x                   peak memory (PSS of the process tree) of `steerage extract` at
+                                     ten times the prompts over once
+    ray_two_workers                  speed of two workers over one, one thread each
+    streamed_vs_resident             speed of the streamed engine over the resident one
+    pairs_vs_best_peer_gpu           on --device cuda: pairs, one worker, an 8B shape in bf16
+    mfu_resident, mfu_streamed       on --device cuda: model FLOPs of unique tokens (blocks and
+                                     attention) over the measured peak of a large bf16 product,
+                                     `unshared` prompts, running; mfu_streamed_fitting is its name
+                                     if the model would fit the card (--layers makes it deeper)
+
+A table goes to stderr; the last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from extraction_peers import inputs, tables
+from extraction_peers.contestants import CONTESTANTS, PEERS, TYPICAL
+from extraction_peers.gpu import flops, peak_flops
+from extraction_peers.processes import OURS, Bench, ContestantFailed, Run, python_of
+from extraction_peers.reference import TOLERANCE, Reference, unique_tokens
+
+from pipeline.extraction.workers import extract
+from pipeline.report.environment import environment
+
+CPU_CASES: Final = (
+    "pairs",
+    "long_system_prompt",
+    "unshared",
+    "rss",
+    "ray_two_workers",
+    "streamed_vs_resident",
+)
+GPU_CASES: Final = ("pairs", "mfu")
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Bout:
+    """What the cases are run with."""
+
+    bench: Bench
+    folder: Path
+    questions: Path
+    peers: tuple[str, ...]
+    rounds: int
+    limit: int | None
+    long_questions: int
+    workers: int
+
+    def scaled(self, count: int) -> int:
+        """A number of prompts, cut down for a quick look."""
+        return count if self.limit is None else min(count, 5 * self.limit)
+
+
+def main() -> None:
+    """Run the chosen cases."""
+    arguments = _arguments()
+    with tempfile.TemporaryDirectory(prefix="steerage-bench-") as name:
+        folder = Path(name)
+        on_gpu = arguments.device == "cuda"
+        shape: inputs.Shape = "8B" if on_gpu else "60M"
+        model = inputs.build_model(folder / "model", shape, arguments.questions, arguments.layers)
+        bout = Bout(
+            bench=Bench(
+                work=folder,
+                model=model,
+                dtype="bfloat16" if on_gpu else "float32",
+                device=arguments.device,
+                threads=(os.cpu_count() or 1) if on_gpu else 2,
+            ),
+            folder=folder,
+            questions=arguments.questions,
+            peers=tuple(arguments.contestants),
+            rounds=arguments.rounds,
+            limit=arguments.limit,
+            long_questions=arguments.long_questions,
+            workers=1 if on_gpu else 2,
+        )
+        result: Result = {
+            "benchmark": "extraction",
+            "environment": environment(),
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "model": {"shape": shape, "dtype": bout.bench.dtype, "layers": arguments.layers},
+            "rounds": bout.rounds,
+            "limit": bout.limit,
+            "cases": {},
+        }
+        for case in arguments.cases:
+            outcome = CASES[case](bout)
+            result["cases"][case] = outcome
+            result |= outcome.pop("headlines")
+            tables.show(case, outcome)
+    tables.show_headlines(result)
+    line = json.dumps(result, sort_keys=True, allow_nan=False)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, sort_keys=True, indent=1) + "\n")
+    print(line)
+
+
+def pairs(bout: Bout) -> Result:
+    """Contrastive pairs as they stand."""
+    case = inputs.build_pairs(bout.folder, bout.bench.model, bout.questions, bout.limit)
+    outcome = _against_peers(bout, case)
+    suffix = "_gpu" if bout.bench.device == "cuda" else ""
+    headlines = _vs_peers(f"pairs_vs_best_peer{suffix}", outcome, PEERS)
+    headlines |= _vs_peers(f"pairs_vs_typical_peer{suffix}", outcome, TYPICAL)
+    return outcome | {"headlines": headlines}
+
+
+def long_system_prompt(bout: Bout) -> Result:
+    """The same under a system prompt that is ten times as long as the questions."""
+    count = bout.long_questions if bout.limit is None else min(bout.long_questions, bout.limit)
+    case = inputs.build_long_system_prompt(bout.folder, bout.bench.model, bout.questions, count)
+    outcome = _against_peers(bout, case)
+    headlines = _vs_peers("long_system_prompt_vs_best_peer", outcome, PEERS)
+    return outcome | {"headlines": headlines}
+
+
+def unshared(bout: Bout) -> Result:
+    """Prompts with nothing to share, beside the bare forward."""
+    case = inputs.build_unshared(
+        bout.folder, bout.bench.model, bout.scaled(inputs.UNSHARED_PROMPTS)
+    )
+    outcome = _contest(bout, case, ["bare_forward"])
+    headlines = {
+        f"unshared_vs_forward{variant}": _ratio(
+            _median(outcome, "bare_forward", peer), _median(outcome, OURS, ours)
+        )
+        for variant, ours, peer in VARIANTS
+    }
+    return outcome | {"headlines": headlines}
+
+
+def rss(bout: Bout) -> Result:
+    """Memory at once and at ten times the prompts."""
+    peaks = {}
+    for times in (1, 10):
+        case = inputs.repeat_with_changes(
+            bout.folder, bout.bench.model, bout.questions, bout.limit, times
+        )
+        _say(f"rss: {len(case.texts)} prompts")
+        run = bout.bench.run_command(case, bout.workers, watch_memory=True)
+        peaks[times] = run.peak_bytes
+    return {
+        "peak_bytes": {f"{times}x": peak for times, peak in peaks.items()},
+        "headlines": {"rss_growth_10x": _ratio(peaks[10], peaks[1])},
+    }
+
+
+def ray_two_workers(bout: Bout) -> Result:
+    """One worker and two."""
+    case = inputs.build_unshared(bout.folder, bout.bench.model, bout.scaled(1000), "ray")
+    return _ours_two_ways(
+        bout,
+        case,
+        "ray_two_workers",
+        {
+            "one_worker": lambda: bout.bench.run_ours(case, 1),
+            "two_workers": lambda: bout.bench.run_ours(case, 2),
+        },
+    )
+
+
+def streamed_vs_resident(bout: Bout) -> Result:
+    """The streamed engine on a model that would fit."""
+    if "engine" not in inspect.signature(extract).parameters:
+        reason = "pipeline.extraction.workers.extract has no parameter 'engine'"
+        return {"not_run": reason, "headlines": {"streamed_vs_resident": None}}
+    case = inputs.build_unshared(bout.folder, bout.bench.model, bout.scaled(1000), "streamed")
+    return _ours_two_ways(
+        bout,
+        case,
+        "streamed_vs_resident",
+        {
+            engine: lambda engine=engine: bout.bench.run_ours(case, bout.workers, engine)
+            for engine in ("resident", "streamed")
+        },
+    )
+
+
+def mfu(bout: Bout) -> Result:
+    """How much of the card's arithmetic is used for tokens that had to be computed."""
+    case = inputs.build_unshared(
+        bout.folder, bout.bench.model, bout.scaled(inputs.UNSHARED_PROMPTS)
+    )
+    peak = peak_flops(bout.bench.dtype)
+    _, nodes, attended = unique_tokens(case, bout.bench.model)
+    work = flops(bout.bench.model, nodes, attended)
+    engines: list[str | None] = [None]
+    if "engine" in inspect.signature(extract).parameters:
+        engines = ["resident", "streamed"]
+    weights = sum(file.stat().st_size for file in bout.bench.model.glob("*.safetensors"))
+    fits = weights < torch.cuda.get_device_properties(0).total_memory
+    seconds: dict[str, list[float]] = {engine or "resident": [] for engine in engines}
+    for _ in range(bout.rounds):
+        for engine in engines:
+            run = bout.bench.run_ours(case, bout.workers, engine)
+            seconds[engine or "resident"].append(_running(run))
+    used = {
+        engine: _ratio(work, statistics.median(taken) * peak) for engine, taken in seconds.items()
+    }
+    streamed = "mfu_streamed_fitting" if fits else "mfu_streamed"
+    headlines = {"mfu_resident": used["resident"], streamed: used.get("streamed")}
+    return {
+        "peak_flops": peak,
+        "model_flops": work,
+        "running_s_rounds": seconds,
+        "headlines": headlines,
+    }
+
+
+CASES: Final[dict[str, Callable[[Bout], Result]]] = {
+    "pairs": pairs,
+    "long_system_prompt": long_system_prompt,
+    "unshared": unshared,
+    "rss": rss,
+    "ray_two_workers": ray_two_workers,
+    "streamed_vs_resident": streamed_vs_resident,
+    "mfu": mfu,
+}
+
+VARIANTS: Final = (
+    ("", "warm_s", "warm_s"),
+    ("_cold", "cold_s", "cold_s"),
+    ("_running", "running_s", "warm_s"),
+)
+"""Suffix of a headline, our time and a peer's."""
+
+
+def _against_peers(bout: Bout, case: inputs.Case) -> Result:
+    """A contest with the peers whose rows must be right."""
+    return _contest(bout, case, bout.peers)
+
+
+def _contest(bout: Bout, case: inputs.Case, names: Sequence[str]) -> Result:
+    """Run all contestants in turns, and check every run's rows."""
+    bench = bout.bench
+    total, nodes, _ = unique_tokens(case, bench.model)
+    _say(f"{case.name}: {len(case.texts)} prompts, {total} tokens, {nodes} without repetition")
+    reference = Reference.of(case, bench.model, bench.dtype, bench.device)
+    found: dict[str, Result] = {name: _blank() for name in (*names, OURS)}
+    for number in range(bout.rounds):
+        # Whoever comes first may find the machine in another state than the last.
+        turns = [*names, OURS]
+        turns = turns[number % len(turns) :] + turns[: number % len(turns)]
+        for name in turns:
+            if "failed" in found[name]:
+                continue
+            try:
+                _one_run(bout, case, name, reference, found[name])
+            except ContestantFailed as error:
+                found[name] = {"failed": str(error)}
+            _say(f"  round {number + 1}: {tables.brief(name, found[name])}")
+    for result in found.values():
+        for key in ("warm_s", "cold_s", "running_s", "start_workers_s", "plan_s"):
+            if result.get(f"{key}_rounds"):
+                result[key] = statistics.median(result[f"{key}_rounds"])
+    return {
+        "prompts": len(case.texts),
+        "tokens": total,
+        "tokens_unique": nodes,
+        "contestants": found,
+    }
+
+
+def _blank() -> Result:
+    keys = ("warm_s", "cold_s", "running_s", "start_workers_s", "plan_s")
+    return {f"{key}_rounds": [] for key in keys}
+
+
+def _one_run(
+    bout: Bout, case: inputs.Case, name: str, reference: Reference, result: Result
+) -> None:
+    """Run one contestant once (ours twice: as a program and as a command) and note it.
+
+    Raises:
+        ContestantFailed: It did not end well, or its rows are not those of the reference.
+    """
+    bench = bout.bench
+    if name == OURS:
+        run = bench.run_ours(case, bout.workers)
+        rows = reference.of_cache(run.rows, run.told["capture"])
+        command = bench.run_command(case, bout.workers)
+        result["cold_s_rounds"].append(command.cold_s)
+        result["running_s_rounds"].append(_running(run))
+        result["start_workers_s_rounds"].append(run.told["start_workers_s"])
+        result["plan_s_rounds"].append(run.told["plan_s"])
+        result |= {key: run.told[key] for key in ("tokens_computed", "shards")}
+    else:
+        run = bench.run_peer(name, case)
+        rows = reference.of_peer(run.rows) if CONTESTANTS[name].gives else {}
+        result["cold_s_rounds"].append(run.cold_s)
+        result["versions"] = run.told["versions"]
+    result["warm_s_rounds"].append(run.warm_s)
+    result["streams"] = sorted(rows)
+    if rows:
+        result["relative_error"] = error = reference.error(rows)
+        if error > TOLERANCE[reference.dtype]:
+            raise ContestantFailed(
+                f"{name}: its rows are not those of plain transformers: relative error {error:.2g},"
+                f" expected less than {TOLERANCE[reference.dtype]:g}"
+            )
+
+
+def _ours_two_ways(
+    bout: Bout, case: inputs.Case, headline: str, ways: dict[str, Callable[[], Run]]
+) -> Result:
+    """Ratio of the first way's time to the second's."""
+    _say(f"{headline}: {len(case.texts)} prompts")
+    found = {way: _blank() for way in ways}
+    for _ in range(bout.rounds):
+        for way, run_it in ways.items():
+            run = run_it()
+            found[way]["warm_s_rounds"].append(run.warm_s)
+            found[way]["running_s_rounds"].append(_running(run))
+            found[way]["start_workers_s_rounds"].append(run.told["start_workers_s"])
+            _say(f"  {way}: {run.warm_s:.1f} s, running {_running(run):.1f} s")
+    for result in found.values():
+        for key in ("warm_s", "running_s", "start_workers_s"):
+            result[key] = statistics.median(result[f"{key}_rounds"])
+    first, second = (found[way] for way in ways)
+    headlines = {
+        headline: _ratio(first["warm_s"], second["warm_s"]),
+        f"{headline}_running": _ratio(first["running_s"], second["running_s"]),
+    }
+    return {"prompts": len(case.texts), "contestants": found, "headlines": headlines}
+
+
+def _vs_peers(headline: str, outcome: Result, peers: Sequence[str]) -> dict[str, float | None]:
+    """By variant, the fastest of these peers' time over ours; None if there is none of either."""
+    headlines = {}
+    for variant, ours, theirs in VARIANTS:
+        times = [_median(outcome, peer, theirs) for peer in peers]
+        best = min((time for time in times if time is not None), default=None)
+        headlines[f"{headline}{variant}"] = _ratio(best, _median(outcome, OURS, ours))
+    return headlines
+
+
+def _median(outcome: Result, name: str, key: str) -> float | None:
+    time: float | None = outcome["contestants"].get(name, {}).get(key)
+    return time
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else round(above / below, 4)
+
+
+def _running(run: Run) -> float:
+    assert run.warm_s is not None
+    return float(run.warm_s - run.told["start_workers_s"])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        required=True,
+        help="JSONL of question, answer_matching_behavior, answer_not_matching_behavior, such as "
+        "coordinate-other-ais.jsonl",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--cases", nargs="+", choices=sorted(CASES), help="default: all of the device's"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="default 3; medians are over these")
+    parser.add_argument("--limit", type=int, help="a quick look: the first N questions only")
+    parser.add_argument(
+        "--long-questions",
+        type=int,
+        default=40,
+        help="questions of long_system_prompt, default 40: peers take 900 tokens for each prompt",
+    )
+    parser.add_argument(
+        "--contestants", nargs="*", choices=PEERS, default=PEERS, help="default: all peers"
+    )
+    parser.add_argument("--layers", type=int, help="another depth of the model than its shape's")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    arguments = parser.parse_args()
+    if not arguments.questions.is_file():
+        parser.error(f"--questions {arguments.questions}: no such file")
+    if arguments.cases is None:
+        arguments.cases = GPU_CASES if arguments.device == "cuda" else CPU_CASES
+    missing = sorted(
+        {str(python_of(p)) for p in arguments.contestants if not python_of(p).exists()}
+    )
+    if missing:
+        parser.error(
+            f"environments of peers are not there: {', '.join(missing)}; `make bench-peers` "
+            "installs them, --contestants chooses others"
+        )
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
