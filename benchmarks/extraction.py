@@ -1,7 +1,7 @@
 """Extraction beside its peers: the same prompts, model, machine and threads, in one run.
 
-    make bench-extraction                                        # installs the peers, then all cases
-    python benchmarks/extraction.py --questions FILE --limit 40 --rounds 1 --cases pairs   # a look
+    make bench-extraction    # installs the peers, then all cases
+    python benchmarks/extraction.py --questions FILE --limit 40 --rounds 1 --cases pairs  # a look
 
 Every contestant runs in its own process with two threads in all (ours: two workers of one thread;
 a peer: torch.set_num_threads(2)). Contestants take turns within a round; figures are medians over
@@ -48,19 +48,30 @@ import inspect
 import json
 import os
 import statistics
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from extraction_peers import inputs, tables
-from extraction_peers.contestants import CONTESTANTS, PEERS, TYPICAL
+from extraction_peers.contest import (
+    VARIANTS,
+    Bout,
+    Result,
+    contest,
+    median,
+    ours_two_ways,
+    ratio,
+    running,
+    say,
+    vs_peers,
+)
+from extraction_peers.contestants import PEERS, TYPICAL
 from extraction_peers.gpu import flops, peak_flops
-from extraction_peers.processes import OURS, Bench, ContestantFailed, Run, python_of
-from extraction_peers.reference import TOLERANCE, Reference, unique_tokens
+from extraction_peers.processes import OURS, Bench, python_of
+from extraction_peers.reference import unique_tokens
 
 from pipeline.extraction.workers import extract
 from pipeline.report.environment import environment
@@ -74,25 +85,6 @@ CPU_CASES: Final = (
     "streamed_vs_resident",
 )
 GPU_CASES: Final = ("pairs", "mfu")
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Bout:
-    """What the cases are run with."""
-
-    bench: Bench
-    folder: Path
-    questions: Path
-    peers: tuple[str, ...]
-    rounds: int
-    limit: int | None
-    long_questions: int
-    workers: int
-
-    def scaled(self, count: int) -> int:
-        """A number of prompts, cut down for a quick look."""
-        return count if self.limit is None else min(count, 5 * self.limit)
 
 
 def main() -> None:
@@ -143,10 +135,10 @@ def main() -> None:
 def pairs(bout: Bout) -> Result:
     """Contrastive pairs as they stand."""
     case = inputs.build_pairs(bout.folder, bout.bench.model, bout.questions, bout.limit)
-    outcome = _against_peers(bout, case)
+    outcome = contest(bout, case, bout.peers)
     suffix = "_gpu" if bout.bench.device == "cuda" else ""
-    headlines = _vs_peers(f"pairs_vs_best_peer{suffix}", outcome, PEERS)
-    headlines |= _vs_peers(f"pairs_vs_typical_peer{suffix}", outcome, TYPICAL)
+    headlines = vs_peers(f"pairs_vs_best_peer{suffix}", outcome, PEERS)
+    headlines |= vs_peers(f"pairs_vs_typical_peer{suffix}", outcome, TYPICAL)
     return outcome | {"headlines": headlines}
 
 
@@ -154,8 +146,8 @@ def long_system_prompt(bout: Bout) -> Result:
     """The same under a system prompt that is ten times as long as the questions."""
     count = bout.long_questions if bout.limit is None else min(bout.long_questions, bout.limit)
     case = inputs.build_long_system_prompt(bout.folder, bout.bench.model, bout.questions, count)
-    outcome = _against_peers(bout, case)
-    headlines = _vs_peers("long_system_prompt_vs_best_peer", outcome, PEERS)
+    outcome = contest(bout, case, bout.peers)
+    headlines = vs_peers("long_system_prompt_vs_best_peer", outcome, PEERS)
     return outcome | {"headlines": headlines}
 
 
@@ -164,10 +156,10 @@ def unshared(bout: Bout) -> Result:
     case = inputs.build_unshared(
         bout.folder, bout.bench.model, bout.scaled(inputs.UNSHARED_PROMPTS)
     )
-    outcome = _contest(bout, case, ["bare_forward"])
+    outcome = contest(bout, case, ["bare_forward"])
     headlines = {
-        f"unshared_vs_forward{variant}": _ratio(
-            _median(outcome, "bare_forward", peer), _median(outcome, OURS, ours)
+        f"unshared_vs_forward{variant}": ratio(
+            median(outcome, "bare_forward", peer), median(outcome, OURS, ours)
         )
         for variant, ours, peer in VARIANTS
     }
@@ -181,25 +173,25 @@ def rss(bout: Bout) -> Result:
         case = inputs.repeat_with_changes(
             bout.folder, bout.bench.model, bout.questions, bout.limit, times
         )
-        _say(f"rss: {len(case.texts)} prompts")
+        say(f"rss: {len(case.texts)} prompts")
         run = bout.bench.run_command(case, bout.workers, watch_memory=True)
         peaks[times] = run.peak_bytes
     return {
         "peak_bytes": {f"{times}x": peak for times, peak in peaks.items()},
-        "headlines": {"rss_growth_10x": _ratio(peaks[10], peaks[1])},
+        "headlines": {"rss_growth_10x": ratio(peaks[10], peaks[1])},
     }
 
 
 def ray_two_workers(bout: Bout) -> Result:
     """One worker and two."""
     case = inputs.build_unshared(bout.folder, bout.bench.model, bout.scaled(1000), "ray")
-    return _ours_two_ways(
+    return ours_two_ways(
         bout,
         case,
         "ray_two_workers",
         {
-            "one_worker": lambda: bout.bench.run_ours(case, 1),
-            "two_workers": lambda: bout.bench.run_ours(case, 2),
+            "one_worker": partial(bout.bench.run_ours, case, 1),
+            "two_workers": partial(bout.bench.run_ours, case, 2),
         },
     )
 
@@ -210,12 +202,12 @@ def streamed_vs_resident(bout: Bout) -> Result:
         reason = "pipeline.extraction.workers.extract has no parameter 'engine'"
         return {"not_run": reason, "headlines": {"streamed_vs_resident": None}}
     case = inputs.build_unshared(bout.folder, bout.bench.model, bout.scaled(1000), "streamed")
-    return _ours_two_ways(
+    return ours_two_ways(
         bout,
         case,
         "streamed_vs_resident",
         {
-            engine: lambda engine=engine: bout.bench.run_ours(case, bout.workers, engine)
+            engine: partial(bout.bench.run_ours, case, bout.workers, engine)
             for engine in ("resident", "streamed")
         },
     )
@@ -238,9 +230,9 @@ def mfu(bout: Bout) -> Result:
     for _ in range(bout.rounds):
         for engine in engines:
             run = bout.bench.run_ours(case, bout.workers, engine)
-            seconds[engine or "resident"].append(_running(run))
+            seconds[engine or "resident"].append(running(run))
     used = {
-        engine: _ratio(work, statistics.median(taken) * peak) for engine, taken in seconds.items()
+        engine: ratio(work, statistics.median(taken) * peak) for engine, taken in seconds.items()
     }
     streamed = "mfu_streamed_fitting" if fits else "mfu_streamed"
     headlines = {"mfu_resident": used["resident"], streamed: used.get("streamed")}
@@ -261,140 +253,6 @@ CASES: Final[dict[str, Callable[[Bout], Result]]] = {
     "streamed_vs_resident": streamed_vs_resident,
     "mfu": mfu,
 }
-
-VARIANTS: Final = (
-    ("", "warm_s", "warm_s"),
-    ("_cold", "cold_s", "cold_s"),
-    ("_running", "running_s", "warm_s"),
-)
-"""Suffix of a headline, our time and a peer's."""
-
-
-def _against_peers(bout: Bout, case: inputs.Case) -> Result:
-    """A contest with the peers whose rows must be right."""
-    return _contest(bout, case, bout.peers)
-
-
-def _contest(bout: Bout, case: inputs.Case, names: Sequence[str]) -> Result:
-    """Run all contestants in turns, and check every run's rows."""
-    bench = bout.bench
-    total, nodes, _ = unique_tokens(case, bench.model)
-    _say(f"{case.name}: {len(case.texts)} prompts, {total} tokens, {nodes} without repetition")
-    reference = Reference.of(case, bench.model, bench.dtype, bench.device)
-    found: dict[str, Result] = {name: _blank() for name in (*names, OURS)}
-    for number in range(bout.rounds):
-        # Whoever comes first may find the machine in another state than the last.
-        turns = [*names, OURS]
-        turns = turns[number % len(turns) :] + turns[: number % len(turns)]
-        for name in turns:
-            if "failed" in found[name]:
-                continue
-            try:
-                _one_run(bout, case, name, reference, found[name])
-            except ContestantFailed as error:
-                found[name] = {"failed": str(error)}
-            _say(f"  round {number + 1}: {tables.brief(name, found[name])}")
-    for result in found.values():
-        for key in ("warm_s", "cold_s", "running_s", "start_workers_s", "plan_s"):
-            if result.get(f"{key}_rounds"):
-                result[key] = statistics.median(result[f"{key}_rounds"])
-    return {
-        "prompts": len(case.texts),
-        "tokens": total,
-        "tokens_unique": nodes,
-        "contestants": found,
-    }
-
-
-def _blank() -> Result:
-    keys = ("warm_s", "cold_s", "running_s", "start_workers_s", "plan_s")
-    return {f"{key}_rounds": [] for key in keys}
-
-
-def _one_run(
-    bout: Bout, case: inputs.Case, name: str, reference: Reference, result: Result
-) -> None:
-    """Run one contestant once (ours twice: as a program and as a command) and note it.
-
-    Raises:
-        ContestantFailed: It did not end well, or its rows are not those of the reference.
-    """
-    bench = bout.bench
-    if name == OURS:
-        run = bench.run_ours(case, bout.workers)
-        rows = reference.of_cache(run.rows, run.told["capture"])
-        command = bench.run_command(case, bout.workers)
-        result["cold_s_rounds"].append(command.cold_s)
-        result["running_s_rounds"].append(_running(run))
-        result["start_workers_s_rounds"].append(run.told["start_workers_s"])
-        result["plan_s_rounds"].append(run.told["plan_s"])
-        result |= {key: run.told[key] for key in ("tokens_computed", "shards")}
-    else:
-        run = bench.run_peer(name, case)
-        rows = reference.of_peer(run.rows) if CONTESTANTS[name].gives else {}
-        result["cold_s_rounds"].append(run.cold_s)
-        result["versions"] = run.told["versions"]
-    result["warm_s_rounds"].append(run.warm_s)
-    result["streams"] = sorted(rows)
-    if rows:
-        result["relative_error"] = error = reference.error(rows)
-        if error > TOLERANCE[reference.dtype]:
-            raise ContestantFailed(
-                f"{name}: its rows are not those of plain transformers: relative error {error:.2g},"
-                f" expected less than {TOLERANCE[reference.dtype]:g}"
-            )
-
-
-def _ours_two_ways(
-    bout: Bout, case: inputs.Case, headline: str, ways: dict[str, Callable[[], Run]]
-) -> Result:
-    """Ratio of the first way's time to the second's."""
-    _say(f"{headline}: {len(case.texts)} prompts")
-    found = {way: _blank() for way in ways}
-    for _ in range(bout.rounds):
-        for way, run_it in ways.items():
-            run = run_it()
-            found[way]["warm_s_rounds"].append(run.warm_s)
-            found[way]["running_s_rounds"].append(_running(run))
-            found[way]["start_workers_s_rounds"].append(run.told["start_workers_s"])
-            _say(f"  {way}: {run.warm_s:.1f} s, running {_running(run):.1f} s")
-    for result in found.values():
-        for key in ("warm_s", "running_s", "start_workers_s"):
-            result[key] = statistics.median(result[f"{key}_rounds"])
-    first, second = (found[way] for way in ways)
-    headlines = {
-        headline: _ratio(first["warm_s"], second["warm_s"]),
-        f"{headline}_running": _ratio(first["running_s"], second["running_s"]),
-    }
-    return {"prompts": len(case.texts), "contestants": found, "headlines": headlines}
-
-
-def _vs_peers(headline: str, outcome: Result, peers: Sequence[str]) -> dict[str, float | None]:
-    """By variant, the fastest of these peers' time over ours; None if there is none of either."""
-    headlines = {}
-    for variant, ours, theirs in VARIANTS:
-        times = [_median(outcome, peer, theirs) for peer in peers]
-        best = min((time for time in times if time is not None), default=None)
-        headlines[f"{headline}{variant}"] = _ratio(best, _median(outcome, OURS, ours))
-    return headlines
-
-
-def _median(outcome: Result, name: str, key: str) -> float | None:
-    time: float | None = outcome["contestants"].get(name, {}).get(key)
-    return time
-
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return None if above is None or below is None else round(above / below, 4)
-
-
-def _running(run: Run) -> float:
-    assert run.warm_s is not None
-    return float(run.warm_s - run.told["start_workers_s"])
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:

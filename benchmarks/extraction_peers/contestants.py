@@ -63,8 +63,8 @@ class _Transformers:
 class PlainUnsorted(_Transformers):
     """``output_hidden_states=True``, and hooks for z, which that does not give."""
 
-    distribution = "transformers"
-    gives = (NORMED_LAST, "z")
+    distribution: ClassVar[str] = "transformers"
+    gives: ClassVar[tuple[str, ...]] = (NORMED_LAST, "z")
 
     def order(self, texts: Sequence[str]) -> list[int]:
         return list(range(len(texts)))
@@ -103,8 +103,8 @@ class PlainSorted(PlainUnsorted):
 class TransformerLens:
     """`TransformerBridge.run_with_cache`; `HookedTransformer` is gone since version 4."""
 
-    distribution = "transformer-lens"
-    gives = ("resid_post", "z")
+    distribution: ClassVar[str] = "transformer-lens"
+    gives: ClassVar[tuple[str, ...]] = ("resid_post", "z")
 
     def load(self, model: Path, device: str, dtype: torch.dtype) -> None:
         from transformer_lens.model_bridge import TransformerBridge  # type: ignore[import-not-found]
@@ -138,8 +138,8 @@ class TransformerLens:
 class NNsight:
     """`LanguageModel.trace` over a batch, saving the last token of every layer."""
 
-    distribution = "nnsight"
-    gives = ("resid_post", "z")
+    distribution: ClassVar[str] = "nnsight"
+    gives: ClassVar[tuple[str, ...]] = ("resid_post", "z")
 
     def load(self, model: Path, device: str, dtype: torch.dtype) -> None:
         from nnsight import LanguageModel  # type: ignore[import-not-found]
@@ -151,7 +151,7 @@ class NNsight:
 
     @torch.no_grad()
     def run(self, texts: Sequence[str]) -> Rows:
-        import nnsight  # type: ignore[import-not-found]
+        import nnsight
 
         model = self.model
         resid_post: list[torch.Tensor] = []
@@ -171,8 +171,8 @@ class NNsight:
 class SteeringVectors(_Transformers):
     """`record_activations` around a batch; it has no way to z."""
 
-    distribution = "steering-vectors"
-    gives = ("resid_post",)
+    distribution: ClassVar[str] = "steering-vectors"
+    gives: ClassVar[tuple[str, ...]] = ("resid_post",)
 
     @torch.no_grad()
     def run(self, texts: Sequence[str]) -> Rows:
@@ -191,8 +191,8 @@ class SteeringVectors(_Transformers):
 class InterpEngine:
     """`capture` on the eager backend, with that backend's own choice of attention."""
 
-    distribution = "interp-engine"
-    gives = ("resid_post", "z")
+    distribution: ClassVar[str] = "interp-engine"
+    gives: ClassVar[tuple[str, ...]] = ("resid_post", "z")
 
     def load(self, model: Path, device: str, dtype: torch.dtype) -> None:
         from interp_engine import load_model  # type: ignore[import-not-found]
@@ -203,7 +203,7 @@ class InterpEngine:
         self.tokenizer: Any = self.model.tokenizer
 
     def run(self, texts: Sequence[str]) -> Rows:
-        from interp_engine import Address, capture  # type: ignore[import-not-found]
+        from interp_engine import Address, capture
 
         points = {
             name: [Address(name, i) for i in range(self.model.n_layers)] for name in self.gives
@@ -230,8 +230,8 @@ class InterpEngine:
 class FpwapPreloaded:
     """`Sweep` over a model in memory, in buckets of like length; it has no way to z."""
 
-    distribution = "fpwap"
-    gives = ("resid_post",)
+    distribution: ClassVar[str] = "fpwap"
+    gives: ClassVar[tuple[str, ...]] = ("resid_post",)
 
     def load(self, model: Path, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -310,8 +310,8 @@ class BareForward:
     The tokens are cut into rows of the texts' mean length, so that every batch is full.
     """
 
-    distribution = "transformers"
-    gives = ()
+    distribution: ClassVar[str] = "transformers"
+    gives: ClassVar[tuple[str, ...]] = ()
 
     def load(self, model: Path, device: str, dtype: torch.dtype) -> None:
         from transformers import AutoModel, AutoTokenizer

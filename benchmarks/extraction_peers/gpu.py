@@ -23,7 +23,7 @@ def peak_flops(dtype: str) -> float:
         for _ in range(_REPEATS):
             a @ b
         torch.cuda.synchronize()
-        # The first try, in which the library chooses its kernel, is the slowest and so not the best.
+        # The first try, in which the library chooses its kernel, is never the best.
         best = max(best, 2 * _SIZE**3 * _REPEATS / (time.perf_counter() - start))
     del a, b
     torch.cuda.empty_cache()
