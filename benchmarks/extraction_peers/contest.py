@@ -16,6 +16,9 @@ from extraction_peers.reference import TOLERANCE, Reference, unique_tokens
 
 Result = dict[str, Any]
 
+TIMES: Final = ("warm_s", "cold_s", "running_s", "warm_cpu_s", "start_workers_s", "plan_s")
+"""What is noted of every round, in seconds; `warm_cpu_s` is CPU time of all processes."""
+
 VARIANTS: Final = (
     ("", "warm_s", "warm_s"),
     ("_cold", "cold_s", "cold_s"),
@@ -62,7 +65,7 @@ def contest(bout: Bout, case: inputs.Case, names: Sequence[str]) -> Result:
                 found[name] = {"failed": str(error)}
             say(f"  round {number + 1}: {tables.brief(name, found[name])}")
     for result in found.values():
-        for key in ("warm_s", "cold_s", "running_s", "start_workers_s", "plan_s"):
+        for key in TIMES:
             if result.get(f"{key}_rounds"):
                 result[key] = statistics.median(result[f"{key}_rounds"])
     return {
@@ -74,8 +77,7 @@ def contest(bout: Bout, case: inputs.Case, names: Sequence[str]) -> Result:
 
 
 def _blank() -> Result:
-    keys = ("warm_s", "cold_s", "running_s", "start_workers_s", "plan_s")
-    return {f"{key}_rounds": [] for key in keys}
+    return {f"{key}_rounds": [] for key in TIMES}
 
 
 def _one_run(
@@ -102,6 +104,7 @@ def _one_run(
         result["cold_s_rounds"].append(run.cold_s)
         result["versions"] = run.told["versions"]
     result["warm_s_rounds"].append(run.warm_s)
+    result["warm_cpu_s_rounds"].append(run.told["warm_cpu_s"])
     result["streams"] = sorted(rows)
     if rows:
         result["relative_error"] = error = reference.error(rows)
@@ -124,9 +127,10 @@ def ours_two_ways(
             found[way]["warm_s_rounds"].append(run.warm_s)
             found[way]["running_s_rounds"].append(running(run))
             found[way]["start_workers_s_rounds"].append(run.told["start_workers_s"])
+            found[way]["warm_cpu_s_rounds"].append(run.told["warm_cpu_s"])
             say(f"  {way}: {run.warm_s:.1f} s, running {running(run):.1f} s")
     for result in found.values():
-        for key in ("warm_s", "running_s", "start_workers_s"):
+        for key in ("warm_s", "running_s", "start_workers_s", "warm_cpu_s"):
             result[key] = statistics.median(result[f"{key}_rounds"])
     first, second = (found[way] for way in ways)
     headlines = {

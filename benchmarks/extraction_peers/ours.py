@@ -9,11 +9,13 @@ stdout, one JSON object.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from extraction_peers.process_tree import tree_cpu_s
 from pipeline.config import load_run_file
 from pipeline.extraction.workers import Receipt, extract
 from pipeline.prompts.plan import plan
@@ -34,7 +36,7 @@ def main() -> None:
     # Only where another than the product's own choice is asked for.
     engine = {} if job["engine"] is None else {"engine": job["engine"]}
     with ray_session(None, job["workers"]):
-        start = time.monotonic()
+        start, start_cpu = time.monotonic(), tree_cpu_s(os.getpid())
         planned = plan(load_run_file(Path(job["run_file"])), root)
         planned_at = time.monotonic()
         result = extract(
@@ -45,13 +47,14 @@ def main() -> None:
             on_receipt=on_receipt,
             **engine,
         )
-        done = time.monotonic()
+        done, done_cpu = time.monotonic(), tree_cpu_s(os.getpid())
     print(
         json.dumps(
             {
                 "capture": planned.cache.digest,
                 "done": done,
                 "warm_s": done - start,
+                "warm_cpu_s": done_cpu - start_cpu,
                 "plan_s": planned_at - start,
                 # The parity gate, the workers' start and their loading of the model.
                 "start_workers_s": min(first_shard) - planned_at,

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from extraction_peers.contestants import CONTESTANTS
 from extraction_peers.inputs import Case
-from extraction_peers.memory import PeakMemory
+from extraction_peers.process_tree import PeakMemory
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 OURS: Final = "steerage"

@@ -36,19 +36,29 @@ def show(case: str, outcome: dict[str, Any]) -> None:
         title += f", {outcome['tokens']:,} tokens, {outcome['tokens_unique']:,} without repetition"
     table = Table(title=title, title_justify="left")
     table.add_column("contestant", no_wrap=True)
-    for column in ("warm s", "rounds", "prompts/s", "ours is", "cold s", "ours is", "error"):
+    for column in (
+        "warm s",
+        "rounds",
+        "CPU s",
+        "prompts/s",
+        "ours is",
+        "cold s",
+        "ours is",
+        "error",
+    ):
         table.add_column(column, justify="right")
     table.add_column("streams")
     ours = found.get(OURS, {})
     for name, result in sorted(found.items(), key=lambda item: item[1].get("warm_s", float("inf"))):
         if "failed" in result:
-            table.add_row(name, "failed", *[""] * 6, result["failed"].strip().splitlines()[-1])
+            table.add_row(name, "failed", *[""] * 7, result["failed"].strip().splitlines()[-1])
             continue
         warm, cold = result["warm_s"], result.get("cold_s")
         table.add_row(
             name,
             f"{warm:.2f}",
             " ".join(f"{s:.1f}" for s in result["warm_s_rounds"]),
+            f"{result['warm_cpu_s']:.1f}",
             f"{outcome['prompts'] / warm:.1f}",
             _times(warm, ours.get("warm_s")),
             "" if cold is None else f"{cold:.2f}",
