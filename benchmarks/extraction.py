@@ -38,6 +38,10 @@ Headlines (a ratio of times: how many times faster we are, if not said otherwise
                                      `unshared` prompts, running; mfu_streamed_fitting is its name
                                      if the model would fit the card (--layers makes it deeper)
 
+A peer that fails, or whose rows are wrong, is shown as failed with the reason and has no time; if
+ours does, the exit code is 1. `warm_cpu_s` in the JSON is the CPU time of all of a contestant's
+processes: on a machine with other work it says more than the clock, but no headline uses it.
+
 A table goes to stderr; the last line of stdout is one JSON object.
 """
 
@@ -70,7 +74,7 @@ from extraction_peers.contest import (
 )
 from extraction_peers.contestants import PEERS, TYPICAL
 from extraction_peers.gpu import flops, peak_flops
-from extraction_peers.processes import OURS, Bench, python_of
+from extraction_peers.processes import OURS, Bench, ContestantFailed, python_of
 from extraction_peers.reference import unique_tokens
 
 from pipeline.extraction.workers import extract
@@ -121,7 +125,11 @@ def main() -> None:
             "cases": {},
         }
         for case in arguments.cases:
-            outcome = CASES[case](bout)
+            try:
+                outcome = CASES[case](bout)
+            except ContestantFailed as error:
+                # The other cases are worth having all the same; the exit code tells.
+                outcome = {"failed": str(error), "headlines": {}}
             result["cases"][case] = outcome
             result |= outcome.pop("headlines")
             tables.show(case, outcome)
@@ -130,6 +138,9 @@ def main() -> None:
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, sort_keys=True, indent=1) + "\n")
     print(line)
+    outcomes = result["cases"].values()
+    if any("failed" in o or "failed" in o.get("contestants", {}).get(OURS, {}) for o in outcomes):
+        sys.exit(1)
 
 
 def pairs(bout: Bout) -> Result:

@@ -165,9 +165,11 @@ class Bench:
                 try:
                     output, _ = process.communicate(timeout=_TIMEOUT_S)
                 except subprocess.TimeoutExpired as error:
+                    raise ContestantFailed(f"{name}: not done in {_TIMEOUT_S} s") from error
+                finally:
+                    # Nothing to do if it has ended.
                     process.kill()
                     process.wait()
-                    raise ContestantFailed(f"{name}: not done in {_TIMEOUT_S} s") from error
             seconds = time.monotonic() - start
             if process.returncode != 0:
                 stderr.seek(0)
