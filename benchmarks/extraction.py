@@ -52,6 +52,7 @@ import inspect
 import json
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
