@@ -92,14 +92,14 @@ class ResidentEngine:
         return torch.from_numpy(prompt.token_ids)[None].to(self._device)
 
     @contextmanager
-    def attending_plainly(self) -> Iterator[None]:
-        """Have the body attend as transformers would have it, for a comparison."""
-        self.body.set_attn_implementation(self._plain_attention)
+    def attending_plainly(self, implementation: str | None = None) -> Iterator[None]:
+        """Have the body attend as transformers has it, by default or as named, for a comparison."""
+        self.body.set_attn_implementation(implementation or self._plain_attention)
         try:
             yield
         finally:
-            if self.packing.layout == "trie":
-                self.body.set_attn_implementation(NAME)
+            own = NAME if self.packing.layout == "trie" else self._plain_attention
+            self.body.set_attn_implementation(own)
 
     def run(self, work: Sequence[ShardWork]) -> Iterator[ShardResult]:
         """Compute shards one by one; see `Engine`."""

@@ -32,6 +32,9 @@ from store.layout import StreamLayout
 TOLERANCES: Final[Mapping[DtypeName, float]] = {"float32": 1e-4, "bfloat16": 3e-2}
 """Largest allowed error at a site, relative to the norm of the reference row."""
 
+_ROUNDINGS: Final = 4.0
+"""How many times what roundings alone come to in a deep bfloat16 model is allowed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parity:
@@ -73,44 +76,64 @@ def check_parity(
     chosen = _chosen(prompts, num_prompts)
     first = sum(len(prompt.spans) for prompt in chosen)
     (result,) = packed.run([ShardWork(0, range(first), chosen)])
-    errors: dict[str, list[Tensor]] = {}
     with plain.attending_plainly():
         # That packs give what plain forwards give, below; that a site is what it is called, here.
         shortest = min(chosen, key=lambda prompt: len(prompt.token_ids))
         check_sums(plain.sites, plain.ids(shortest), list(Buffers.sites(wanted)))
-        for prompt in chosen:
-            reference = _plain_rows(plain, prompt, wanted)
-            for name in wanted:
-                stop = prompt.first_row + len(prompt.spans)
-                got_RLW = torch.from_numpy(to_float32(result.values[name][prompt.first_row : stop]))
-                want_RLW = reference[name]
-                error_RL = (got_RLW - want_RLW).norm(dim=-1) / want_RLW.norm(dim=-1).clamp_min(
-                    1e-30
-                )
-                # What the plain forward makes NaN as well is no error of the engine's, and its row
-                # is quarantined. NaN on one side only is an infinite error.
-                wanted_R = torch.isfinite(want_RLW).flatten(1).all(-1)
-                error_RL = torch.where(wanted_R[:, None], error_RL.nan_to_num(nan=torch.inf), 0.0)
-                errors.setdefault(name, []).append(error_RL)
-    worst, worst_site = 0.0, "none"
-    for name, parts in errors.items():
-        error_RL = torch.cat(parts)
-        # Rounding can send a token to another expert, which changes its row at once and says
-        # nothing of the engine; but it does so to few.
-        error_L = error_RL.median(dim=0).values if _routes(plain, dtype) else error_RL.amax(dim=0)
-        for layer, error in zip(wanted[name].layers, error_L.tolist(), strict=True):
-            if error > worst:
-                worst, worst_site = error, f"{name}.{layer}"
-    if worst > TOLERANCES[dtype]:
+        reference = _all_rows(plain, chosen, wanted)
+    got = {name: torch.from_numpy(to_float32(result.values[name])) for name in wanted}
+    errors = _errors(got, reference, plain, dtype)
+    worst_site, worst = _worst(errors, wanted)
+    allowed = TOLERANCES[dtype]
+    if worst > allowed and dtype == "bfloat16":
+        # A deep model amplifies roundings. What they come to is what the plain forward differs by
+        # from itself, where only its attention kernel and a padding that nobody sees are others.
+        with plain.attending_plainly("eager"):
+            other = _all_rows(plain, chosen, wanted, padding=17)
+        allowed = max(
+            allowed, _ROUNDINGS * _worst(_errors(other, reference, plain, dtype), wanted)[1]
+        )
+    if worst > allowed:
         raise GateRefused(
             f"parity gate: at {worst_site} the engine differs from the plain forward of "
-            f"{type(plain.body).__name__} by {worst:.2e} (relative), more than the "
-            f"{TOLERANCES[dtype]:.0e} that {dtype} allows; nothing was written. The model's "
-            "attention may not be causal, or not be what a token trie needs: try packing = "
-            '"batches" under [capture], and please report it with the model\'s config.json',
+            f"{type(plain.body).__name__} by {worst:.2e} (relative), more than the {allowed:.0e} "
+            f"that {dtype} allows; nothing was written. The model's attention may not be causal, "
+            'or not be what a token trie needs: try packing = "batches" under [capture], and '
+            "please report it with the model's config.json",
             kind="parity",
         )
     return Parity(len(chosen), worst, worst_site)
+
+
+def _errors(
+    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], plain: ResidentEngine, dtype: DtypeName
+) -> dict[str, Tensor]:
+    """By stream, the error of each layer, [L]."""
+    errors: dict[str, Tensor] = {}
+    for name, want_RLW in wanted.items():
+        got_RLW = got[name]
+        error_RL = (got_RLW - want_RLW).norm(dim=-1) / want_RLW.norm(dim=-1).clamp_min(1e-30)
+        # What the plain forward makes NaN as well is no error of the engine's, and its row is
+        # quarantined. NaN on one side only is an infinite error.
+        wanted_R = torch.isfinite(want_RLW).flatten(1).all(-1)
+        error_RL = torch.where(wanted_R[:, None], error_RL.nan_to_num(nan=torch.inf), 0.0)
+        # Rounding can send a token to another expert, which changes its row at once and says
+        # nothing of the engine; but it does so to few.
+        errors[name] = (
+            error_RL.median(dim=0).values if _routes(plain, dtype) else error_RL.amax(dim=0)
+        )
+    return errors
+
+
+def _worst(errors: Mapping[str, Tensor], layouts: Mapping[str, StreamLayout]) -> tuple[str, float]:
+    """The site with the largest error."""
+    found = [
+        (error, f"{name}.{layer}")
+        for name, error_L in errors.items()
+        for layer, error in zip(layouts[name].layers, error_L.tolist(), strict=True)
+    ]
+    worst, site = max(found, key=lambda pair: pair[0])
+    return (site, worst) if worst > 0 else ("none", 0.0)
 
 
 def _routes(plain: ResidentEngine, dtype: DtypeName) -> bool:
@@ -137,10 +160,24 @@ def _chosen(prompts: Sequence[PlannedPrompt], num_prompts: int) -> list[PlannedP
     return chosen
 
 
-def _plain_rows(
-    plain: ResidentEngine, prompt: PlannedPrompt, layouts: Mapping[str, StreamLayout]
+def _all_rows(
+    plain: ResidentEngine,
+    prompts: Sequence[PlannedPrompt],
+    layouts: Mapping[str, StreamLayout],
+    padding: int = 0,
 ) -> dict[str, Tensor]:
-    """Float32 [rows, L, W] by stream, from one unpadded forward."""
+    """Float32 [R, L, W] by stream, each prompt by itself."""
+    each = [_plain_rows(plain, prompt, layouts, padding) for prompt in prompts]
+    return {name: torch.cat([rows[name] for rows in each]) for name in layouts}
+
+
+def _plain_rows(
+    plain: ResidentEngine,
+    prompt: PlannedPrompt,
+    layouts: Mapping[str, StreamLayout],
+    padding: int,
+) -> dict[str, Tensor]:
+    """Float32 [rows, L, W] by stream, from one forward."""
     kept: dict[Site, Tensor] = {}
     taps: dict[Site, Tap] = {
         site: partial(_keep, kept, site)
