@@ -10,14 +10,14 @@ at a time. All give every layer's resid_post at the last token; those that can, 
 
 Three times are taken of each run, and every ratio below is given for all three:
 
-    NAME            warm: from the prompts' texts to the finished result, process up. A peer has its
-                    model loaded and ends with arrays in memory. Ours has Ray started and nothing
-                    else: it reads, renders, tokenises, plans, starts its workers, which load the
-                    model, passes the parity gate, computes, writes to disk and seals.
-    NAME_cold       the whole command: from the process's start to the finished result; ours until
-                    `steerage extract` has ended and Ray is down.
-    NAME_running    warm, less the time until the first worker computes its first shard (parity
-                    gate, workers' start, loading the model), as a peer's model is loaded too.
+    NAME               processes up and models loaded, ours as the peers': from the prompts' texts
+                       to the finished result. A peer ends with arrays in memory. Ours reads,
+                       renders, tokenises, plans, passes the parity gate, computes through Ray Data,
+                       writes to disk and seals; Ray has been started, and the time from the plan
+                       until the first worker begins (it starts and loads the model) is left out.
+    NAME_with_start    the same with that time in ours, and a peer's still without its own.
+    NAME_cold          the whole command: from the process's start to the finished result; ours
+                       until `steerage extract` has ended and Ray is down.
 
 Headlines (a ratio of times: how many times faster we are, if not said otherwise):
 
@@ -35,7 +35,7 @@ Headlines (a ratio of times: how many times faster we are, if not said otherwise
     pairs_vs_best_peer_gpu           on --device cuda: pairs, one worker, an 8B shape in bf16
     mfu_resident, mfu_streamed       on --device cuda: model FLOPs of unique tokens (blocks and
                                      attention) over the measured peak of a large bf16 product,
-                                     `unshared` prompts, running; mfu_streamed_fitting is its name
+                                     `unshared` prompts; mfu_streamed_fitting is its name
                                      if the model would fit the card (--layers makes it deeper)
 
 A peer that fails, or whose rows are wrong, is shown as failed with the reason and has no time; if

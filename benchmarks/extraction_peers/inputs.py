@@ -223,7 +223,7 @@ tokens = "last"
     section = PromptsSection(files=[prompts], template=template, system=system)
     tokenizer = load_tokenizer(model)
     examples = read_corpus(section).examples
-    return Case(name, tuple(render(e, tokenizer, section) for e in examples), run_file)
+    return Case(name, tuple(render(e, tokenizer, section)[0] for e in examples), run_file)
 
 
 def _questions(path: Path) -> list[str]:

@@ -19,7 +19,7 @@ from extraction_peers.process_tree import tree_cpu_s
 from pipeline.config import load_run_file
 from pipeline.extraction.workers import Receipt, extract
 from pipeline.prompts.plan import plan
-from pipeline.ray_runtime import ray_session
+from pipeline.ray_runtime import Pool, ray_session
 from store.location import Location
 
 
@@ -31,7 +31,7 @@ def main() -> None:
 
     def on_receipt(receipt: Receipt) -> None:
         # A receipt arrives when its shard is written: the earliest of all beginnings counts.
-        first_shard.append(time.monotonic() - receipt.seconds)
+        first_shard.append(time.monotonic() - sum(receipt.seconds.values()))
 
     # Only where another than the product's own choice is asked for.
     engine = {} if job["engine"] is None else {"engine": job["engine"]}
@@ -42,7 +42,7 @@ def main() -> None:
         result = extract(
             planned,
             root,
-            num_workers=job["workers"],
+            pool=Pool(job["workers"]),
             device=job["device"],
             on_receipt=on_receipt,
             **engine,
@@ -56,7 +56,7 @@ def main() -> None:
                 "warm_s": done - start,
                 "warm_cpu_s": done_cpu - start_cpu,
                 "plan_s": planned_at - start,
-                # The parity gate, the workers' start and their loading of the model.
+                # The workers' start and their loading of the model.
                 "start_workers_s": min(first_shard) - planned_at,
                 "texts": planned.num_prompts,
                 "tokens_planned": planned.num_tokens,

@@ -61,9 +61,9 @@ class ModelInfo:
     d_model: int
     context: int
     dtype: DtypeName
-    stored_half: bool
-    layout: Layout
-    layout_reason: str | None
+    stored_half: bool = False
+    layout: Layout = "trie"
+    layout_reason: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> ModelInfo:

@@ -119,11 +119,22 @@ def _spoil(model: Any) -> None:
 def test_a_gate_that_a_worker_meets_gives_its_own_code(
     make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run_file = write_run(tmp_path, make_model("llama", edit=_spoil))
+    run_file = write_run(tmp_path, make_model("gemma3-bidirectional"))
     finished = steerage("extract", run_file, "--workers", "1", "--json", store=tmp_path / "store")
     assert (finished.code, finished.out) == (3, "")
     assert "Traceback" not in finished.err
     message = next(line for line in finished.err.splitlines() if line.startswith("steerage: "))
-    assert "activations of row" in message
-    assert "are NaN or infinite" in message
-    assert "(activation_not_finite; -v shows more)" in finished.err
+    assert message.startswith("steerage: parity gate: at ")
+    assert "(parity; -v shows more)" in finished.err
+
+
+def test_too_many_rows_that_are_not_finite_stop_the_run(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    run_file = write_run(tmp_path, make_model("llama", edit=_spoil))
+    finished = steerage("extract", run_file, "--workers", "1", "--json", store=tmp_path / "store")
+    assert (finished.code, finished.out) == (1, "")
+    assert "Traceback" not in finished.err
+    assert "more than prompts.max_quarantined = 0.05 allows; activations of" in finished.err
+    assert "activations are NaN or infinite at " in finished.err
+    assert "(prompt_quarantine; -v shows more)" in finished.err
