@@ -94,6 +94,7 @@ class Buffers:
             for name, layout in layouts.items()
         }
         self._on_device: dict[Site, Tensor] = {}
+        self._not_finite: dict[int, str] | None = None
 
     @staticmethod
     def sites(layouts: Mapping[str, StreamLayout]) -> Iterator[Site]:
@@ -135,27 +136,30 @@ class Buffers:
                     self._on_device[site] = torch.full_like(host_RW, torch.nan, device=h_BTW.device)
                 buffer_RW = self._on_device[site]
             buffer_RW[slots] = taken_MW.to(buffer_RW.dtype)
+            self._not_finite = None
 
         return tap
 
     def not_finite(self) -> dict[int, str]:
-        """Rows with a value that is NaN or infinite, and where it is."""
-        self._collect()
-        found: dict[int, str] = {}
-        for name, layout in self._layouts.items():
-            for position, layer in enumerate(layout.layers):
-                finite_R = torch.isfinite(self._host[name][position]).all(dim=-1)
+        """Rows with a value that is NaN or infinite, and where it is; also rows not gathered."""
+        if self._not_finite is None:
+            found: dict[int, str] = {}
+            for site in self.sites(self._layouts):
+                finite_R = torch.isfinite(self._buffer(site)).all(dim=-1)
                 for slot in torch.nonzero(~finite_R)[:, 0].tolist():
                     found.setdefault(
                         self._rows.start + slot,
-                        f"activations are NaN or infinite at {name}.{layer}; computing in another "
-                        "dtype (model.dtype) may mend it",
+                        f"activations are NaN or infinite at {site}; computing in another dtype "
+                        "(model.dtype) may mend it",
                     )
-        return found
+            self._not_finite = found
+        return self._not_finite
 
     def result(self, shard: int, tokens: int) -> ShardResult:
         """The shard, once all its passes have run; rows that are not finite become NaN."""
         poisoned = self.not_finite()
+        for site, buffer_RW in self._on_device.items():
+            self._host_buffer(site).copy_(buffer_RW)
         slots = [row - self._rows.start for row in poisoned]
         for host_LRW in self._host.values():
             host_LRW[:, slots] = torch.nan
@@ -165,11 +169,11 @@ class Buffers:
         }
         return ShardResult(shard, values, poisoned, tokens)
 
-    def _collect(self) -> None:
-        """Copy what lies on GPUs to the host."""
-        for site, buffer_RW in self._on_device.items():
-            layout = self._layouts[site.stream]
-            self._host[site.stream][layout.layers.index(site.layer)] = buffer_RW.cpu()
+    def _buffer(self, site: Site) -> Tensor:
+        return self._on_device.get(site, self._host_buffer(site))
+
+    def _host_buffer(self, site: Site) -> Tensor:
+        return self._host[site.stream][self._layouts[site.stream].layers.index(site.layer)]
 
     @staticmethod
     def _site(name: str, layer: int) -> Site:

@@ -31,8 +31,8 @@ from steering_service.adapters.sites import ModelSites
 from store.layout import StreamLayout
 
 _WAVE_SHARE: Final = 0.25
-"""Share of the free memory that the hidden states of a wave may take: a block's own working memory
-and the shards' buffers need room too."""
+"""Share of the free memory that the hidden states and rows of a wave may take: blocks, their
+working memory and masks need room too."""
 
 _PARITY_BLOCKS: Final = 2
 
@@ -61,8 +61,8 @@ class StreamedEngine:
         layouts: The arrays that are written, by stream.
         packing: How prompts become forward passes.
         reference: Opens the model again, to attend as transformers would have it.
-        wave_bytes: Most memory that the hidden states of a wave take; by default a share of what is
-            free when the wave begins.
+        wave_bytes: Most memory that the hidden states and rows of a wave take; by default a share
+            of what is free when the wave begins.
     """
 
     def __init__(
@@ -119,17 +119,21 @@ class StreamedEngine:
 
     def _waves(self, work: Sequence[ShardWork]) -> Iterator[list[ShardWork]]:
         limit = self._wave_bytes or int(_WAVE_SHARE * free_memory(self._device))
-        # In and out of a block.
+        # In and out of a block, and what is gathered.
         per_token = 2 * self._sites.d_model * self._dtype.itemsize
+        per_row = sum(
+            len(layout.layers) * layout.width * layout.itemsize for layout in self.layouts.values()
+        )
         wave: list[ShardWork] = []
-        size = 0
+        taken = 0
         for shard in work:
             tokens = sum(one.num_tokens for one in self._passes.of_shard(shard))
-            if wave and size + tokens * per_token > limit:
+            needed = tokens * per_token + len(shard.rows) * per_row
+            if wave and taken + needed > limit:
                 yield wave
-                wave, size = [], 0
+                wave, taken = [], 0
             wave.append(shard)
-            size += tokens * per_token
+            taken += needed
         if wave:
             yield wave
 

@@ -116,7 +116,7 @@ def plan(run: RunFile, root: Location) -> Plan:
     prompts = _in_order(prompts, layout)
     packing = Packing(layout, run.capture.tokens_per_pack, _prefix(prompts, layout))
     share = selection.form == "all" and layout != "batches"
-    spans = [selection.spans(prompt) for prompt in prompts]
+    spans = [np.array(selection.spans(prompt), np.int32).reshape(-1, 2) for prompt in prompts]
     num_rows = _num_nodes(prompts) if share else sum(map(len, spans))
     layouts = _layouts(run, model, num_rows)
     if layout != "batches" and not share:
@@ -152,13 +152,7 @@ def plan(run: RunFile, root: Location) -> Plan:
             json.dumps(asdict(row), sort_keys=True).encode() + b"\n" for row in quarantined
         )
     }
-    worklist = write_worklist(
-        rows.prompts,
-        [prompt.example.prompt_id for prompt in prompts],
-        [prompt.text for prompt in prompts],
-        layouts[0].rows_per_shard,
-        layouts[0].num_shards,
-    )
+    worklist = write_worklist(prompts, rows, layouts[0].rows_per_shard, layouts[0].num_shards)
     cache = ActivationCache.create(
         root, capture, layouts, rows.index, {PROMPTS_FILE: worklist}, notes=notes
     )

@@ -11,9 +11,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.prompts.tokens import TokenizedPrompt
-from pipeline.prompts.trie import PlannedPrompt, shared_length
+from pipeline.prompts.trie import shared_length
 
-Span = tuple[int, int]
+Spans = NDArray[np.int32]
+"""Token spans [start, stop) of a prompt, [n, 2]. Arrays, as a capture of all tokens has many."""
 
 INDEX_SCHEMA: Final = pa.schema(
     [
@@ -33,62 +34,62 @@ INDEX_SCHEMA: Final = pa.schema(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """The rows of a capture.
+    """The rows of a capture, by prompt in row order.
 
     Attributes:
-        prompts: In row order; of those whose tokens are all another's, no spans.
+        first_rows: Of each prompt.
+        spans: Of each prompt, of the rows that are its own: none of them if another's are the same.
         num_rows: Rows of the arrays.
         index: Table of `INDEX_SCHEMA`, an entry for each span of each prompt. Several entries name
             one row where the prompts share those tokens.
     """
 
-    prompts: list[PlannedPrompt]
+    first_rows: list[int]
+    spans: list[Spans]
     num_rows: int
     index: pa.Table
 
 
 def lay_out_rows(
-    prompts: Sequence[TokenizedPrompt], spans: Sequence[Sequence[Span]], *, share: bool
+    prompts: Sequence[TokenizedPrompt], spans: Sequence[Spans], *, share: bool
 ) -> Rows:
     """Number the rows.
 
     Args:
         prompts: In row order.
-        spans: Of each prompt, [start, stop) token spans.
+        spans: Of each prompt.
         share: Whether prompts that begin alike share the rows of those tokens; for spans of single
             tokens that cover each prompt from its first token.
     """
-    planned: list[PlannedPrompt] = []
+    first_rows: list[int] = []
+    own: list[Spans] = []
     entry_rows: list[NDArray[np.int64]] = []
     num_rows = 0
-    before, rows_before = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    before, rows_before = np.zeros(0, np.int32), np.zeros(0, np.int64)
     for prompt, chosen in zip(prompts, spans, strict=True):
-        ids = prompt.token_ids.astype(np.int64)
-        shared = shared_length(before, ids) if share else 0
-        own = tuple((int(start), int(stop)) for start, stop in chosen[shared:])
-        rows = np.concatenate(
-            [rows_before[:shared], np.arange(num_rows, num_rows + len(own), dtype=np.int64)]
-        )
-        planned.append(PlannedPrompt(ids, num_rows, own))
+        shared = shared_length(before, prompt.token_ids) if share else 0
+        first_rows.append(num_rows)
+        own.append(chosen[shared:])
+        new = np.arange(num_rows, num_rows + len(own[-1]), dtype=np.int64)
+        rows = np.concatenate([rows_before[:shared], new])
         entry_rows.append(rows)
-        num_rows += len(own)
-        before, rows_before = ids, rows
-    return Rows(planned, num_rows, _index(prompts, spans, entry_rows))
+        num_rows += len(own[-1])
+        before, rows_before = prompt.token_ids, rows
+    return Rows(first_rows, own, num_rows, _index(prompts, spans, entry_rows))
 
 
 def _index(
     prompts: Sequence[TokenizedPrompt],
-    spans: Sequence[Sequence[Span]],
+    spans: Sequence[Spans],
     entry_rows: Sequence[NDArray[np.int64]],
 ) -> pa.Table:
     counts = [len(chosen) for chosen in spans]
     of_prompt = pa.array(np.repeat(np.arange(len(prompts)), counts), pa.int64())
-    flat = np.array([span for chosen in spans for span in chosen], np.int64).reshape(-1, 2)
+    flat = np.concatenate(spans) if spans else np.zeros((0, 2), np.int32)
     first, last = flat[:, 0], flat[:, 1] - 1
     token_ids, text_start, text_stop = [], [], []
     for prompt, chosen in zip(prompts, spans, strict=True):
-        starts = np.fromiter((start for start, _ in chosen), np.int64, len(chosen))
-        stops = np.fromiter((stop for _, stop in chosen), np.int64, len(chosen))
+        starts, stops = chosen[:, 0], chosen[:, 1]
         token_ids.append(prompt.token_ids[starts])
         text_start.append(prompt.offsets[starts, 0])
         text_stop.append(prompt.offsets[stops - 1, 1])

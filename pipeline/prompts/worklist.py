@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.prompts.rows import Rows
+from pipeline.prompts.tokens import TokenizedPrompt
 from pipeline.prompts.trie import PlannedPrompt
 from store.activations import ActivationCache
 from store.location import Location
@@ -34,35 +36,30 @@ _COLUMNS: Final = ["token_ids", "first_row", "starts", "stops"]
 
 
 def write_worklist(
-    prompts: Sequence[PlannedPrompt],
-    prompt_ids: Sequence[str],
-    texts: Sequence[str],
-    rows_per_shard: int,
-    num_shards: int,
+    prompts: Sequence[TokenizedPrompt], rows: Rows, rows_per_shard: int, num_shards: int
 ) -> bytes:
     """The file's bytes.
 
     Args:
         prompts: In row order.
-        prompt_ids: Their names; texts likewise what was tokenised.
+        rows: Theirs.
     """
     groups: list[list[int]] = [[] for _ in range(num_shards)]
-    for i, prompt in enumerate(prompts):
-        first = min(prompt.first_row // rows_per_shard, num_shards - 1)
-        last = (prompt.first_row + max(len(prompt.spans), 1) - 1) // rows_per_shard
+    for i, (first_row, spans) in enumerate(zip(rows.first_rows, rows.spans, strict=True)):
+        first = min(first_row // rows_per_shard, num_shards - 1)
+        last = (first_row + max(len(spans), 1) - 1) // rows_per_shard
         for shard in range(first, min(last, num_shards - 1) + 1):
             groups[shard].append(i)
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, _SCHEMA, compression="zstd") as writer:
         for group in groups:
-            chosen = [prompts[i] for i in group]
             columns = {
-                "prompt_id": [prompt_ids[i] for i in group],
-                "token_ids": [p.token_ids for p in chosen],
-                "first_row": [p.first_row for p in chosen],
-                "starts": [[start for start, _ in p.spans] for p in chosen],
-                "stops": [[stop for _, stop in p.spans] for p in chosen],
-                "text": [texts[i] for i in group],
+                "prompt_id": [prompts[i].example.prompt_id for i in group],
+                "token_ids": [prompts[i].token_ids for i in group],
+                "first_row": [rows.first_rows[i] for i in group],
+                "starts": [rows.spans[i][:, 0] for i in group],
+                "stops": [rows.spans[i][:, 1] for i in group],
+                "text": [prompts[i].text for i in group],
             }
             table = pa.table(columns, schema=_SCHEMA)
             writer.write_table(table, row_group_size=max(len(group), 1))

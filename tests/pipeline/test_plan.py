@@ -283,5 +283,5 @@ def test_a_small_corpus_is_split_for_several_workers(make_plan: Any) -> None:
     rows = [{"prompt": f"{i}", "positive": "a", "negative": "b"} for i in range(512)]
     planned = make_plan(rows=rows)
     shards = [planned.cache.layout("z").shard_rows(i) for i in range(planned.cache.num_shards)]
-    assert len(shards) == 16
+    assert len(shards) == 32
     assert [row for rows in shards for row in rows] == list(range(planned.num_rows))
