@@ -17,7 +17,8 @@ from typing import Any
 
 from extraction_peers.process_tree import tree_cpu_s
 from pipeline.config import load_run_file
-from pipeline.extraction.workers import Receipt, extract
+from pipeline.extraction.shard_worker import Receipt
+from pipeline.extraction.workers import extract
 from pipeline.prompts.plan import plan
 from pipeline.ray_runtime import Pool, ray_session
 from store.location import Location

@@ -34,7 +34,7 @@ from pipeline.cli.options import (
 
 if TYPE_CHECKING:
     from pipeline.config import RunFile
-    from pipeline.extraction.workers import Receipt
+    from pipeline.extraction.shard_worker import Receipt
     from pipeline.prompts.plan import Plan
     from pipeline.ray_runtime import Pool
     from pipeline.reduction.results import Reduction

@@ -22,7 +22,8 @@ from pipeline.errors import GateRefused
 from pipeline.evaluation.generate import ChatPrompt, prompt_ids
 from pipeline.evaluation.suites import AnySuite, Point, sweep
 from pipeline.extraction.models import DtypeName, ModelInfo
-from pipeline.extraction.workers import Receipt, extract
+from pipeline.extraction.shard_worker import Receipt
+from pipeline.extraction.workers import extract
 from pipeline.prompts.plan import Plan, plan
 from pipeline.ray_runtime import Pool
 from pipeline.reduction.methods import Method

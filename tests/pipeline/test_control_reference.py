@@ -25,7 +25,7 @@ from pipeline.control.rows import read_rows
 from pipeline.control.training import Task
 from pipeline.errors import InvalidInput, NotFound
 from pipeline.extraction.models import load_model, load_tokenizer
-from pipeline.extraction.workers import ShardWorker
+from pipeline.extraction.shard_worker import ShardWorker
 from pipeline.prompts.plan import plan
 from pipeline.reduction.reduce import reduce
 from store.activations import ActivationCache

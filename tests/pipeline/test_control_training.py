@@ -22,7 +22,7 @@ from pipeline.control.train import train
 from pipeline.control.training import Task
 from pipeline.errors import InvalidInput, NotFound
 from pipeline.extraction.models import load_model, load_tokenizer
-from pipeline.extraction.workers import ShardWorker
+from pipeline.extraction.shard_worker import ShardWorker
 from pipeline.prompts.plan import Plan, plan
 from pipeline.reduction.reduce import reduce
 from pipeline.reduction.results import Reduction

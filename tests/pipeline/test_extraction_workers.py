@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config import load_run_file
 from pipeline.errors import InvalidInput
-from pipeline.extraction.workers import Receipt, ShardWorker, check_quarantined
+from pipeline.extraction.shard_worker import Receipt, ShardWorker
+from pipeline.extraction.workers import check_quarantined
 from pipeline.prompts.plan import Plan, plan
 from pipeline.ray_runtime import Pool
 from store.location import Location

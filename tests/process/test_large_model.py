@@ -26,7 +26,7 @@ import json, pickle, resource, sys
 url, digest, model, engine, limit = sys.argv[1:]
 if int(limit):
     resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
-from pipeline.extraction.workers import ShardWorker
+from pipeline.extraction.shard_worker import ShardWorker
 from store.activations import ActivationCache
 from store.location import Location
 cache = ActivationCache.open(Location.open(url), digest)

@@ -71,7 +71,7 @@ def folder(tmp_path_factory):
 def store(folder, ray_running):
     """Both caches and the directions; that the commands make them is tested with the commands."""
     from pipeline.config import load_run_file
-    from pipeline.extraction.workers import ShardWorker
+    from pipeline.extraction.shard_worker import ShardWorker
     from pipeline.prompts.plan import plan
     from pipeline.reduction.reduce import reduce
     from store.location import Location

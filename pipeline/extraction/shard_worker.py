@@ -1,0 +1,187 @@
+"""One worker: it holds a model, computes shards, and writes them to the store itself.
+
+A shard is written before the next one is begun, so a worker that dies takes at most the shard with
+it that it was at (a wave of them where layers are streamed), and holds no other in memory: a slow
+store slows the computing down, and nothing piles up.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from pipeline.errors import OUR_ERRORS
+from pipeline.extraction.engines import EngineName, load_engine
+from pipeline.extraction.gather import ShardResult
+from pipeline.extraction.models import DtypeName
+from pipeline.extraction.parity import Parity, check_parity
+from pipeline.extraction.passes import ShardWork
+from pipeline.prompts.packing import Packing
+from pipeline.prompts.worklist import read_shard
+from store.activations import ActivationCache
+from store.errors import NotFound
+from store.location import Location
+
+log = logging.getLogger(__name__)
+
+_THREADS: Final = 1
+"""Threads of a worker on a CPU. Fixed, because the number of threads decides the last bits of a
+sum; a machine with more cores runs more workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a worker says of a shard that it has written.
+
+    Attributes:
+        num_rows: Rows of the shard, quarantined ones included.
+        tokens: Tokens computed for it; 0 if a worker before, that died since, had written it.
+        quarantined: Reasons by array row.
+        seconds: By phase: parity (of the worker's first shard), compute, write.
+        parity: From a worker's first shard.
+        repaired: Whether it was there already, and damaged.
+    """
+
+    shard: int
+    num_rows: int
+    tokens: int = 0
+    quarantined: Mapping[int, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    parity: Parity | None = None
+    repaired: bool = False
+
+
+class ShardWorker:
+    """A Ray actor that holds a model and computes shards.
+
+    Its first shard passes the parity gate before anything of it is written, on the very machine
+    that computes it: no worker ever writes what its own device has not shown to be right.
+    """
+
+    def __init__(
+        self,
+        store_url: str,
+        digest: str,
+        model: str,
+        dtype: DtypeName,
+        device: str,
+        engine: EngineName = "resident",
+    ) -> None:
+        torch.set_num_threads(_THREADS)
+        self._dtype: DtypeName = dtype
+        self._parity: Parity | None = None
+        self._refused: BaseException | None = None
+        try:
+            self._cache = ActivationCache.open(Location.open(store_url), digest)
+            self._layout = next(iter(self._cache.streams.values()))
+            packing = Packing.read(self._cache.capture)
+            self._engine = load_engine(
+                engine, Path(model), dtype, self._cache.streams, packing, device
+            )
+        except OUR_ERRORS as error:
+            # Raised here, Ray Data would take it for a crash and start another worker.
+            self._refused = error
+
+    def __call__(self, row: dict[str, Any]) -> list[dict[str, bytes]]:
+        """Compute and commit the shards of a row of work; see `Receipt` for what comes back.
+
+        An error of ours comes back as a value. If it were raised, Ray Data would put it under one
+        of its own, where it loses its cause, and write its advice into the message.
+        """
+        try:
+            if self._refused is not None:
+                raise self._refused
+            shards = [int(shard) for shard in row["shards"]]
+            receipts = list(self._compute(shards, bool(row.get("repair"))))
+            return [{"outcome": pickle.dumps(receipt)} for receipt in receipts]
+        except OUR_ERRORS as error:
+            return [{"outcome": pickle.dumps(error)}]
+
+    def _compute(self, shards: Sequence[int], repair: bool) -> Iterator[Receipt]:
+        work = []
+        for shard in shards:
+            # A worker that died between its commit and its receipt, or a receipt that died with its
+            # node, brings a shard here again.
+            if not repair and self._is_committed(shard):
+                log.info("shard found", extra={"shard": shard})
+                yield self._receipt(shard, quarantined=self._quarantined(shard))
+            else:
+                log.info("shard begun", extra={"shard": shard})
+                prompts = read_shard(self._cache, shard)
+                work.append(ShardWork(shard, self._layout.shard_rows(shard), prompts))
+        if not work:
+            return
+        seconds = {"parity": 0.0, "compute": 0.0, "write": 0.0}
+        parity = None
+        start = time.perf_counter()
+        if self._parity is None:
+            parity = self._parity = self._check(work)
+            seconds["parity"] = time.perf_counter() - start
+        results = self._engine.run(work)
+        while True:
+            start = time.perf_counter()
+            result = next(results, None)
+            if result is None:
+                return
+            computed = time.perf_counter()
+            self._write(result, computed - start, repair)
+            seconds |= {"compute": computed - start, "write": time.perf_counter() - computed}
+            log.info("shard written", extra={"shard": result.shard})
+            yield self._receipt(
+                result.shard,
+                tokens=result.tokens,
+                quarantined=result.quarantined,
+                seconds=seconds,
+                parity=parity,
+                repaired=repair,
+            )
+            parity, seconds = None, dict.fromkeys(seconds, 0.0)
+
+    def _check(self, work: Sequence[ShardWork]) -> Parity:
+        """The parity gate, on prompts that this worker computes next."""
+        prompts = [prompt for item in work for prompt in item.prompts]
+        return check_parity(self._engine, prompts, self._dtype)
+
+    def _write(self, result: ShardResult, compute_seconds: float, repair: bool) -> None:
+        if repair:
+            self._cache.repair_shard(result.shard, result.values, result.quarantined)
+        else:
+            self._cache.write_shard(
+                result.shard, result.values, {"compute": compute_seconds}, result.quarantined
+            )
+
+    def _is_committed(self, shard: int) -> bool:
+        try:
+            for stream in self._cache.streams:
+                self._cache.read_record(stream, shard)
+        except NotFound:
+            return False
+        return True
+
+    def _quarantined(self, shard: int) -> dict[int, str]:
+        rows = self._layout.shard_rows(shard)
+        return {row: why for row, why in self._cache.quarantined().items() if row in rows}
+
+    def _receipt(self, shard: int, **values: Any) -> Receipt:
+        return Receipt(shard, len(self._layout.shard_rows(shard)), **values)
+
+
+class PoolWorker(ShardWorker):
+    """A `ShardWorker` in a process of its own, which logs to the file that Ray keeps of it."""
+
+    def __init__(self, *args: Any) -> None:
+        # Ray's processes have no command line that would set up logging. What a worker was at when
+        # it died is what one looks for here.
+        handler = logging.StreamHandler()
+        line = "%(asctime)s %(process)d %(message)s %(shard)s"
+        handler.setFormatter(logging.Formatter(line, defaults={"shard": ""}))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        super().__init__(*args)
