@@ -182,9 +182,13 @@ def warn_without_room(resources: Mapping[str, float]) -> None:
         )
 
 
-def num_actors_alive(class_name: str) -> int:
-    """Actors of this driver's job, of a class or a Ray Data stage that holds its name, that run."""
+def num_actors_alive(class_name: str) -> int | None:
+    """Actors of this driver's job, of a class or a Ray Data stage that holds its name, that run;
+    None where Ray does not say, as to a client of a cluster (``ray://``)."""
     import ray
+
+    if ray.util.client.ray.is_connected():
+        return None
 
     job = ray.JobID(bytes.fromhex(ray.get_runtime_context().get_job_id()))
     alive = ray._private.state.actors(job_id=job, actor_state_name="ALIVE")

@@ -332,7 +332,8 @@ class ActivationCache:
         Args:
             on_checked: Called with the bytes of each shard of each stream that was checked.
         """
-        return find_problems(self, self._quarantine.digests(), on_checked)
+        quarantine = self._quarantine
+        return find_problems(self, quarantine.digests(), quarantine.find, on_checked)
 
     def damaged(self) -> set[int]:
         """Shards to repair: those that `steerage verify` has marked, and those of which one listing

@@ -47,6 +47,8 @@ def find_and_mark(
             may only be read.
     """
     is_complete = cache.is_complete
+    # A mark that another run leaves meanwhile may be of damage that came after our look.
+    before = _marks(cache)
     sound = {
         (stream, shard)
         for stream, layout in cache.streams.items()
@@ -62,7 +64,7 @@ def find_and_mark(
             except (InvalidInput, Unavailable) as error:
                 on_unmarked(error)
         yield problem
-    for stream, shard in _marks(cache) & sound:
+    for stream, shard in before & sound:
         try:
             remove_mark(cache, stream, shard)
         except (InvalidInput, Unavailable) as error:
@@ -137,7 +139,9 @@ def repair(
         if isinstance(record, CommitRecord):
             replaced += _repair_object(cache, commits, layout, record, values[layout.stream])
         elif record == "damaged":
-            replaced += _repair_record(cache, commits, layout, shard, values[layout.stream], digest)
+            values_RLW = values[layout.stream]
+            changed = object_key(shard) in replaced
+            replaced += _repair_record(cache, commits, layout, shard, values_RLW, digest, changed)
         else:
             commits.write(layout, shard, values[layout.stream], {}, digest)
             replaced.append(record_key(layout.stream, shard))
@@ -219,8 +223,10 @@ def _repair_record(
     shard: int,
     values_RLW: npt.NDArray[Any],
     quarantine: str | None,
+    quarantine_changed: bool,
 ) -> list[str]:
     """Make a record anew, of the shard that is there if it is whole, else of these values.
+
 
     Whether it is the record that was lost, `_COMPLETE` tells, which `verify` compares.
     """
@@ -231,7 +237,10 @@ def _repair_record(
         decode_shard(found, layout, shard, where=describe_shard(cache.location.url, layout, shard))
         sha256 = sha256_hex(found)
     except (NotFound, Corrupt):
-        data = commits.build(layout, shard, values_RLW)
+        found = b""
+    data = commits.build(layout, shard, values_RLW)
+    # What belongs to another quarantine is not trusted though it be whole.
+    if not found or (quarantine_changed and found != bytes(data)):
         sha256 = sha256_hex(data)
         cache.location.replace(key, data)
         replaced.insert(0, key)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from store.creation import COMPLETE
+from store.digest import sha256_hex
 from store.errors import REPAIR, Corrupt, InvalidInput, NotFound, Unavailable
 from store.layout import StreamLayout
 from store.location import Location
@@ -42,13 +43,17 @@ class Problem:
 
 
 def find_problems(
-    cache: ActivationCache, quarantines: Mapping[int, str], on_checked: Callable[[int], None]
+    cache: ActivationCache,
+    quarantines: Mapping[int, str],
+    find_quarantine: Callable[[int], bytes | None],
+    on_checked: Callable[[int], None],
 ) -> Iterator[Problem]:
     """Yield what is wrong, in the order of streams and shards; nothing for a sound cache.
 
     Args:
         cache: Complete or not.
-        quarantines: sha256 of its quarantine objects by shard.
+        quarantines: sha256 of its quarantine objects by shard, as they were at the start.
+        find_quarantine: A shard's quarantine object as it is now.
         on_checked: See `ActivationCache.verify`.
     """
     shards = [
@@ -60,7 +65,8 @@ def find_problems(
             for number, (layout, shard) in enumerate(shards):
                 while len(ahead) < min(2 * NUM_READERS, len(shards) - number):
                     following = shards[number + len(ahead)]
-                    ahead.append(executor.submit(_find_problem, cache, *following, quarantines))
+                    task = (cache, *following, quarantines, find_quarantine)
+                    ahead.append(executor.submit(_find_problem, *task))
                 problem = ahead.popleft().result()
                 on_checked(layout.shard_nbytes(shard))
                 if problem:
@@ -75,15 +81,24 @@ def find_problems(
 
 
 def _find_problem(
-    cache: ActivationCache, layout: StreamLayout, shard: int, quarantines: Mapping[int, str]
+    cache: ActivationCache,
+    layout: StreamLayout,
+    shard: int,
+    quarantines: Mapping[int, str],
+    find_quarantine: Callable[[int], bytes | None],
 ) -> Problem | None:
     try:
         record = cache.read_record(layout.stream, shard)
         check_object(cache.location, layout, record)
-        if record.quarantine != quarantines.get(shard):
+        found = quarantines.get(shard)
+        if record.quarantine != found:
+            # Written since the start, perhaps: quarantines come before their records.
+            data = find_quarantine(shard)
+            found = sha256_hex(data) if data is not None else None
+        if record.quarantine != found:
             message = (
                 f"shard {describe_shard(cache.location.url, layout, shard)}: its record names a "
-                f"quarantine of sha256 {record.quarantine}, there is {quarantines.get(shard)}; "
+                f"quarantine of sha256 {record.quarantine}, there is {found}; "
                 f"{REPAIR}"
             )
             return Problem(layout.stream, shard, "quarantine", message)

@@ -87,6 +87,11 @@ def build_config(family: str, **changes: Any) -> Any:
         case "gemma3-bidirectional":
             gemma = wide | {"use_bidirectional_attention": True}
             config = transformers.Gemma3TextConfig(**sizes | gemma | changes)
+        case "phi3-longrope":
+            # Heads of 8 entries are turned by 4 factors, others from 60 tokens on.
+            rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+            original = {"original_max_position_embeddings": 60, "rope_scaling": rope}
+            config = transformers.Phi3Config(**sizes | original | changes)
         case "phi3":
             config = transformers.Phi3Config(**sizes | changes)
         case "mixtral":

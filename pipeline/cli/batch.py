@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from pipeline.ray_runtime import Pool
     from pipeline.reduction.results import Reduction
     from store.location import Location
+
+log = logging.getLogger(__name__)
 
 _CPUS = max(1, os.cpu_count() or 1)
 
@@ -79,14 +82,16 @@ def plan(
         show(summary, as_json, "Plan")
         return
     from pipeline.extraction.preflight import preflight
+    from pipeline.ray_runtime import Pool
 
+    resources = Pool(workers, gpus=gpus_per_worker).resources(device)
     costs = preflight(
         planned,
         workers=workers,
         device=device,
         engine=None if engine == "auto" else engine,
         hardware=hardware,
-        gpus=1 if gpus_per_worker is None else gpus_per_worker,
+        gpus=resources["num_gpus"] or 1,
     )
     if as_json:
         show(summary | {"explain": costs.summary()}, True, "")
@@ -169,6 +174,11 @@ def planning(
     with stderr.status("planning: reading and tokenising prompts"):
         planned = plans.plan(run, root)
         before_report()
+    if planned.packing_reason:
+        log.warning(
+            "%s: prompts are packed as %s, not as a trie: %s",
+            *(planned.model.name, planned.packing.layout, planned.packing_reason),
+        )
     for row in planned.quarantined[:10]:
         stderr.print(f"[yellow]left out[/] {escape(str(row))}", highlight=False)
     if len(planned.quarantined) > 10:
@@ -205,16 +215,13 @@ def extracting(
             nonlocal tokens, quarantined, first
             now = time.perf_counter()
             if first is None:
-                first = now - sum(receipt.seconds.values())
+                first = now - receipt.age
             tokens += receipt.tokens
             quarantined += len(receipt.quarantined)
-            parts = [
-                "shards",
-                f"{tokens / max(now - first, 1e-9):,.0f} tokens/s",
-                f"{num_actors_alive('PoolWorker')} workers",
-                f"{quarantined} quarantined",
-            ]
-            bar.update(task, advance=1, note=" · ".join(parts))
+            parts = [f"shards · {tokens / max(now - first, 1e-9):,.0f} tokens/s"]
+            if stderr.is_terminal and (alive := num_actors_alive("PoolWorker")) is not None:
+                parts.append(f"{alive} workers")
+            bar.update(task, advance=1, note=" · ".join([*parts, f"{quarantined} quarantined"]))
 
         result = run_extraction(
             planned,

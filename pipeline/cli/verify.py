@@ -44,7 +44,7 @@ def verify(
     store: StoreUrl = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Read activation caches and compare every byte with what was recorded.
+    """Read activation caches and compare every byte of the arrays with what was recorded.
 
     Names each damaged shard and leaves a mark of it, so that `steerage extract` on the cache's run
     file computes exactly those again. Exits with 1 where something is damaged. Safe while other

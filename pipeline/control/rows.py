@@ -86,6 +86,12 @@ def read_rows(cache: ActivationCache, reads: Sequence[Site]) -> ControllerRows:
             here = samples.in_rows(rows)
             reads_NR[here, first : first + width] = values[samples.row_N[here] - rows.start]
         first += width
+    if not np.isfinite(reads_NR).all():
+        raise InvalidInput(
+            f"cache {cache.digest[:12]}: rows that are not in quarantine hold NaN or infinity; run "
+            "`steerage verify`, which finds a quarantine that was lost",
+            kind="not_finite",
+        )
     # With tokens = "last", a row is of one prompt.
     token_ids = {prompt.first_row: prompt.token_ids for prompt in read_prompts(cache)}
     return ControllerRows(

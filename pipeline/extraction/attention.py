@@ -117,14 +117,22 @@ class PackAttention:
 
     def _mask(self, block: _Block, window: int | None) -> Tensor | None:
         # Made on the device: on a GPU it would cost the host more than the attention costs there.
+        num = block.stop - block.start
+        if block.chain:
+            if window is None or num <= window:
+                return None
+            # Nothing of its size is made but what is needed: a long prompt is one such block.
+            allowed = torch.ones(num, num, dtype=torch.bool, device=self.device)
+            return self._added(allowed.tril_().triu_(1 - window))
         carried = self.pack.carried
         own = torch.arange(carried + block.start, carried + block.stop, device=self.device)
         keys = torch.cat([torch.arange(a, b, device=self.device) for a, b in block.keys])
         allowed = (keys[None] <= own[:, None]) & (own[:, None] < self._ends[keys][None])
         if window is not None:
             allowed &= self._positions[own][:, None] - self._positions[keys][None] < window
-        if block.chain and (window is None or len(own) <= window):
-            return None
+        return self._added(allowed)
+
+    def _added(self, allowed: Tensor) -> Tensor:
         mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
         return mask.masked_fill_(~allowed, -torch.inf)
 

@@ -78,7 +78,7 @@ class Checkpoint(Mapping[str, Tensor]):
             InvalidInput: A file is not safetensors, is truncated, or names a tensor twice.
         """
         stored: dict[str, _Stored] = {}
-        for path in _files(folder, weights):
+        for path in weight_files(folder, weights):
             for name, tensor in _read(path).items():
                 if name in stored:
                     raise _broken(path, f"its tensor {name} is in another file too")
@@ -145,7 +145,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _files(folder: Path, weights: str | None) -> list[Path]:
+def weight_files(folder: Path, weights: str | None = None) -> list[Path]:
     check_folder(folder)
     names = [weights] if weights else [_SINGLE, f"{_SINGLE}.index.json"]
     found = next((folder / name for name in names if (folder / name).is_file()), None)

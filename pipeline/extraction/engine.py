@@ -77,9 +77,13 @@ class ResidentEngine:
 
         Args:
             sharded: Whether it is spread over all devices that the process sees. Nothing waits for
-                a device within a shard, so one computes a pack while the next has the one before.
+                a device within a shard, so that one can begin a pack while the next has the one
+                before.
         """
-        body = load_body(path, dtype, device, sharded=sharded)
+        body: Any = load_body(path, dtype, device, sharded=sharded)
+        if sharded and getattr(body, "_hf_hook", None) is not None:
+            # It would copy what nobody reads, the last block's output, back to the first device.
+            body._hf_hook.io_same_device = False
         drop_blocks(body, max(layout.layers[-1] for layout in layouts.values()) + 1)
         return cls(body, layouts, packing)
 

@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 
 from pipeline.errors import InvalidInput
+from pipeline.extraction.checkpoint import weight_files
 from pipeline.extraction.devices import free_memory
 from pipeline.extraction.engine import Engine, ResidentEngine
 from pipeline.extraction.models import DTYPES, DtypeName, ModelInfo
@@ -39,25 +40,31 @@ class EngineChoice:
 
 def weight_bytes(model: ModelInfo, dtype: DtypeName) -> int:
     """Bytes of a model's weights in the dtype of the computation, its head included."""
-    on_disk = sum(os.path.getsize(file) for file in Path(model.path).glob("*.safetensors"))
+    on_disk = sum(os.path.getsize(file) for file in weight_files(Path(model.path)))
     # float16 and bfloat16 checkpoints take two bytes a weight, float32 ones four.
     stored = 2 if model.stored_half else 4
     return on_disk * DTYPES[dtype].itemsize // stored
 
 
-def worker_memory(device: str, max_workers: int, cpus: float, gpus: float) -> int:
-    """Bytes that each worker may take on its device, on the machine that this runs on.
+def memory_share(device: str, max_workers: int, cpus: float, gpus: float) -> float:
+    """Share of a device's free memory that each worker may take, as on the machine this runs on.
 
     Args:
         max_workers: Most workers at a time, here or anywhere.
         cpus: CPUs that a worker reserves.
         gpus: GPUs that it reserves; part of one if less than 1.
     """
-    free = free_memory(torch.device(device))
     if device == "cuda":
-        return int(free * min(gpus, 1))
-    here = max(1, int((os.cpu_count() or 1) // cpus))
-    return free // min(max_workers, here)
+        return min(gpus, 1.0)
+    here = max(1, int(len(os.sched_getaffinity(0)) // cpus))
+    return 1 / min(max_workers, here)
+
+
+def worker_memory(device: str, max_workers: int, cpus: float, gpus: float) -> int:
+    """Bytes that each worker may take on its device, on the machine that this runs on; arguments as
+    for `memory_share`."""
+    share = memory_share(device, max_workers, cpus, gpus)
+    return int(share * free_memory(torch.device(device)))
 
 
 def choose_engine(
@@ -99,16 +106,19 @@ def load_engine(
     layouts: Mapping[str, StreamLayout],
     packing: Packing,
     device: str,
+    memory_share: float = 1.0,
 ) -> Engine:
     """Load a model into an engine.
+
+    Args:
+        memory_share: Of what is free on the device; other workers have the rest.
 
     Raises:
         NotFound, InvalidInput: The model cannot be loaded, or not by this engine.
     """
-    settings: tuple[Any, ...] = (path, dtype, layouts, packing, device)
     if name == "streamed":
-        return StreamedEngine.load(*settings)
-    return ResidentEngine.load(*settings, sharded=name == "sharded")
+        return StreamedEngine.load(path, dtype, layouts, packing, device, memory_share=memory_share)
+    return ResidentEngine.load(path, dtype, layouts, packing, device, sharded=name == "sharded")
 
 
 def _gib(num_bytes: int) -> str:

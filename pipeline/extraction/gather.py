@@ -108,9 +108,7 @@ class Buffers:
         slots = torch.from_numpy(gather.rows - self._rows.start)
         flat = torch.from_numpy(gather.flat)
         several = bool((gather.counts != 1).any())
-        counts = torch.from_numpy(gather.counts)
-        segment = torch.repeat_interleave(torch.arange(len(slots)), counts) if several else None
-        plan = _Moved(slots, flat, segment, counts)
+        plan = _Moved(slots, flat, torch.from_numpy(gather.counts) if several else None)
         taps: dict[Site, Tap] = {}
         for name, layout in self._layouts.items():
             for position, number in enumerate(layout.layers):
@@ -121,14 +119,12 @@ class Buffers:
 
     def _tap(self, site: Site, host_RW: Tensor, plan: _Moved) -> Tap:
         def tap(h_BTW: Tensor) -> None:
-            slots, flat, segment, counts = plan.on(h_BTW.device)
+            slots, flat, counts = plan.on(h_BTW.device)
             taken_MW = h_BTW.reshape(-1, h_BTW.shape[-1]).index_select(0, flat)
-            if segment is not None:
+            if counts is not None:
                 # Means are taken in float32: a bfloat16 sum of a long prompt loses its last terms.
-                sums_NW = torch.zeros(
-                    (len(slots), h_BTW.shape[-1]), dtype=torch.float32, device=h_BTW.device
-                ).index_add_(0, segment, taken_MW.float())
-                taken_MW = sums_NW / counts[:, None]
+                # Term by term in order, so that a GPU gives the same bits each time.
+                taken_MW = torch.segment_reduce(taken_MW.float(), "mean", lengths=counts, axis=0)
             # On a GPU rows stay there until the shard is done, so that nothing waits for a copy.
             buffer_RW = host_RW
             if h_BTW.device.type != "cpu":

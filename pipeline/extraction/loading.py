@@ -39,7 +39,7 @@ def meta_body(path: Path, dtype: torch.dtype, attn_implementation: str | None) -
 
     Raises:
         NotFound: No such folder.
-        InvalidInput: The configuration cannot be read, or is a quantised model's.
+        InvalidInput: The configuration cannot be read.
     """
     check_folder(path)
     where = os.fspath(path)
@@ -57,12 +57,6 @@ def meta_body(path: Path, dtype: torch.dtype, attn_implementation: str | None) -
         raise InvalidInput(
             f"model {where!r} cannot be built: {error}", kind="model_load"
         ) from error
-    if (quantised := getattr(config, "quantization_config", None)) is not None:
-        raise InvalidInput(
-            f"model {where!r} is quantised ({quantised}); its blocks cannot be loaded one by one. "
-            "Save it in float32 or bfloat16, or use the resident engine",
-            kind="model_quantised",
-        )
     return body
 
 

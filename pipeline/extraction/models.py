@@ -50,6 +50,8 @@ class ModelInfo:
         stored_half: Whether its weights are stored in two bytes each.
         layout: How its prompts can be packed.
         layout_reason: Why not as a trie with attention of ours, or None.
+        rope_limit: Longest prompt that may share a pass with others, where that is less than the
+            context (LongRoPE picks its factors by the largest position of a pass); or None.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class ModelInfo:
     stored_half: bool = False
     layout: Layout = "trie"
     layout_reason: str | None = None
+    rope_limit: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> ModelInfo:
@@ -89,7 +92,9 @@ class ModelInfo:
                 kind="model_config",
             ) from error
         layout, layout_reason = _layout(config)
-        stored = str(getattr(text, "dtype", None) or getattr(text, "torch_dtype", None))
+        # A model of text and images may have its dtype at the top alone.
+        named = (getattr(c, key, None) for c in (text, config) for key in ("dtype", "torch_dtype"))
+        stored = str(next((dtype for dtype in named if dtype is not None), None))
         return cls(
             path=path,
             name=path.name,
@@ -104,6 +109,7 @@ class ModelInfo:
             stored_half="16" in stored,
             layout=layout,
             layout_reason=layout_reason,
+            rope_limit=_rope_limit(text),
         )
 
     def width(self, stream: str) -> int:
@@ -163,6 +169,16 @@ def _layout(config: Any) -> tuple[Layout, str | None]:
     if text.model_type in _TAKE_MASKS:
         return "masks", f"{name} takes no attention but transformers' own"
     return "batches", f"{name} takes no attention but transformers' own"
+
+
+def _rope_limit(text: Any) -> int | None:
+    """Tokens past which a prompt changes the rotary embedding of all that it is computed with."""
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if one.get("rope_type", one.get("type")) == "longrope":
+            limit = one.get("original_max_position_embeddings")
+            return int(limit or text.original_max_position_embeddings)
+    return None
 
 
 def _load(kind: Any, path: Path, dtype: DtypeName, device: str | None) -> nn.Module:

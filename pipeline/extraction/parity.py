@@ -32,6 +32,9 @@ from store.layout import StreamLayout
 TOLERANCES: Final[Mapping[DtypeName, float]] = {"float32": 1e-4, "bfloat16": 3e-2}
 """Largest allowed error at a site, relative to the norm of the reference row."""
 
+_SPANS: Final = 8
+"""Most rows of a prompt that are compared."""
+
 _ROUNDINGS: Final = 4.0
 """How many times what roundings alone come to in a deep bfloat16 model is allowed."""
 
@@ -97,9 +100,9 @@ def check_parity(
         raise GateRefused(
             f"parity gate: at {worst_site} the engine differs from the plain forward of "
             f"{type(plain.body).__name__} by {worst:.2e} (relative), more than the {allowed:.0e} "
-            f"that {dtype} allows; nothing was written. The model's attention may not be causal, "
-            'or not be what a token trie needs: try packing = "batches" under [capture], and '
-            "please report it with the model's config.json",
+            f"that {dtype} allows; this worker wrote nothing. The model's attention may not be "
+            'causal, or not be what a token trie needs: try packing = "batches" under [capture], '
+            "and please report it with the model's config.json",
             kind="parity",
         )
     return Parity(len(chosen), worst, worst_site)
@@ -155,8 +158,10 @@ def _chosen(prompts: Sequence[PlannedPrompt], num_prompts: int) -> list[PlannedP
     chosen, first = [], 0
     for number in sorted(numbers.intersection(able)):
         prompt = prompts[number]
-        chosen.append(PlannedPrompt(prompt.token_ids, first, prompt.spans))
-        first += len(prompt.spans)
+        # The last few: of all tokens of a long prompt there may be more than a shard holds.
+        spans = prompt.spans[-_SPANS:]
+        chosen.append(PlannedPrompt(prompt.token_ids, first, spans))
+        first += len(spans)
     return chosen
 
 
@@ -197,14 +202,14 @@ def _plain_rows(
             [
                 torch.stack(
                     [
-                        kept[Site.parse(f"{name}.{layer}")][start:stop].float().mean(dim=0)
+                        kept[Site.parse(f"{name}.{layer}")][start:stop].float().mean(dim=0).cpu()
                         for start, stop in prompt.spans
                     ]
                 )
                 for layer in layout.layers
             ],
             dim=1,
-        ).cpu()
+        )
         for name, layout in layouts.items()
     }
 

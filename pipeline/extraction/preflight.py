@@ -37,32 +37,33 @@ class Hardware:
 
     Attributes:
         memory: Bytes.
-        tflops: Dense peak in bfloat16, as its maker gives it; measured for this machine's CPU.
+        tflops: Dense peak by dtype, as its maker gives it (float32 without tensor cores); of this
+            machine's CPU measured.
         utilization: Share of the peak that is assumed.
     """
 
     name: str
     memory: int
-    tflops: float
+    tflops: Mapping[DtypeName, float]
     utilization: float
 
 
-def _gpu(name: str, gib: int, tflops: float) -> Hardware:
-    return Hardware(name, gib << 30, tflops, 0.5)
+def _gpu(name: str, gib: int, bfloat16: float, float32: float) -> Hardware:
+    return Hardware(name, gib << 30, {"bfloat16": bfloat16, "float32": float32}, 0.5)
 
 
 HARDWARE: Final[Mapping[str, Hardware]] = {
     hardware.name: hardware
     for hardware in (
-        _gpu("h200", 141, 989),
-        _gpu("h100", 80, 989),
-        _gpu("a100-80gb", 80, 312),
-        _gpu("a100-40gb", 40, 312),
-        _gpu("l40s", 48, 362),
-        _gpu("a10g", 24, 70),
-        _gpu("l4", 24, 121),
-        _gpu("rtx5090", 32, 210),
-        _gpu("rtx4090", 24, 165),
+        _gpu("h200", 141, 989, 67),
+        _gpu("h100", 80, 989, 67),
+        _gpu("a100-80gb", 80, 312, 19.5),
+        _gpu("a100-40gb", 40, 312, 19.5),
+        _gpu("l40s", 48, 362, 91.6),
+        _gpu("a10g", 24, 70, 31.2),
+        _gpu("l4", 24, 121, 30.3),
+        _gpu("rtx5090", 32, 210, 105),
+        _gpu("rtx4090", 24, 165, 82.6),
     )
 }
 
@@ -75,8 +76,8 @@ class Preflight:
         engine: That computes, and why.
         tokens: Of all prompts.
         trie_nodes: Different ones, in the order of the plan.
-        tokens_computed: With what packs and shards compute again; of a sample of shards if there
-            are many.
+        tokens_computed: With what packs and shards compute again, and padding; of a sample of
+            shards if there are many.
         tflop: Of the blocks up to the highest wanted layer, attention included.
         num_bytes: Of the arrays.
         objects: That the cache will consist of.
@@ -164,6 +165,8 @@ def preflight(
     active, widest, attention = _block_sizes(planned, dtype)
     tokens, contexts, balance = _tokens(planned)
     flop = 2.0 * active * tokens + attention * contexts
+    # Workers that share a GPU have no more of it together.
+    devices = workers * (gpus if on_gpu else 1)
     layouts = planned.cache.streams.values()
     layout = next(iter(layouts))
     itemsize = DTYPES[dtype].itemsize
@@ -182,7 +185,7 @@ def preflight(
         pack_bytes=planned.packing.tokens * widest * itemsize,
         shard_balance=balance,
         workers=workers,
-        hours=flop / (named.tflops * 1e12 * named.utilization * workers * max(gpus, 1)) / 3600,
+        hours=flop / (named.tflops[dtype] * 1e12 * named.utilization * devices) / 3600,
         hardware=named.name,
         assumed_utilization=named.utilization,
     )
@@ -205,16 +208,16 @@ def _hardware(name: str | None, device: str, dtype: DtypeName) -> Hardware:
                 return Hardware(
                     properties.name, properties.total_memory, known.tflops, known.utilization
                 )
-        return Hardware(
-            properties.name, properties.total_memory, _measured_tflops("cuda", dtype), 0.6
-        )
+        measured = {dtype: _measured_tflops("cuda", dtype)}
+        return Hardware(properties.name, properties.total_memory, measured, 0.6)
     if device == "cuda":
         raise InvalidInput(
             "--device cuda: PyTorch sees no GPU here to tell the time for; name one with "
             f"--hardware, of {', '.join(sorted(HARDWARE))}",
             kind="hardware",
         )
-    return Hardware("this machine, one thread a worker", 0, _measured_tflops("cpu", dtype), 0.6)
+    measured = {dtype: _measured_tflops("cpu", dtype)}
+    return Hardware("this machine, one thread a worker", 0, measured, 0.6)
 
 
 def _measured_tflops(device: str, dtype: DtypeName) -> float:
@@ -272,9 +275,13 @@ def _tokens(planned: Plan) -> tuple[int, float, float]:
     for shard in shards:
         prompts, rows = read_shard(cache, shard), layout.shard_rows(shard)
         if packing.layout == "batches":
-            lengths = [len(prompt.token_ids) for prompt in prompts]
-            counts.append(sum(lengths))
-            keys.append(sum(n * (n + 1) / 2 for n in lengths))
+            # Padding is computed as well.
+            padded = [
+                (len(batch), max(len(prompt.token_ids) for prompt in batch))
+                for batch in packing.batches(prompts, rows)
+            ]
+            counts.append(sum(size * longest for size, longest in padded))
+            keys.append(sum(size * longest * (longest + 1) / 2 for size, longest in padded))
             continue
         packs = list(build_packs(prompts, rows, packing.tokens, packing.prefix, packing.carries))
         counts.append(sum(pack.num_tokens for pack in packs))

@@ -11,7 +11,7 @@ import logging
 import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +47,7 @@ class Receipt:
         seconds: By phase: parity (of the worker's first shard), compute, write.
         parity: From a worker's first shard.
         repaired: Whether it was there already, and damaged.
+        age: Seconds since its row of work was begun, when it was handed back.
     """
 
     shard: int
@@ -56,6 +57,7 @@ class Receipt:
     seconds: Mapping[str, float] = field(default_factory=dict)
     parity: Parity | None = None
     repaired: bool = False
+    age: float = field(default=0.0, compare=False)
 
 
 class ShardWorker:
@@ -73,6 +75,7 @@ class ShardWorker:
         dtype: DtypeName,
         device: str,
         engine: EngineName = "resident",
+        memory_share: float = 1.0,
     ) -> None:
         torch.set_num_threads(_THREADS)
         self._dtype: DtypeName = dtype
@@ -83,7 +86,7 @@ class ShardWorker:
             self._layout = next(iter(self._cache.streams.values()))
             packing = Packing.read(self._cache.capture)
             self._engine = load_engine(
-                engine, Path(model), dtype, self._cache.streams, packing, device
+                engine, Path(model), dtype, self._cache.streams, packing, device, memory_share
             )
         except OUR_ERRORS as error:
             # Raised here, Ray Data would take it for a crash and start another worker.
@@ -99,8 +102,10 @@ class ShardWorker:
             if self._refused is not None:
                 raise self._refused
             shards = [int(shard) for shard in row["shards"]]
+            began = time.perf_counter()
             receipts = list(self._compute(shards, bool(row.get("repair"))))
-            return [{"outcome": pickle.dumps(receipt)} for receipt in receipts]
+            age = time.perf_counter() - began
+            return [{"outcome": pickle.dumps(replace(one, age=age))} for one in receipts]
         except OUR_ERRORS as error:
             return [{"outcome": pickle.dumps(error)}]
 

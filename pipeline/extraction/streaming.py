@@ -63,6 +63,7 @@ class StreamedEngine:
         reference: Opens the model again, to attend as transformers would have it.
         wave_bytes: Most memory that the hidden states and rows of a wave take; by default a share
             of what is free when the wave begins.
+        memory_share: Of what is free; other workers have the rest.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class StreamedEngine:
         packing: Packing,
         reference: Callable[[], StreamedBody],
         wave_bytes: int | None = None,
+        memory_share: float = 1.0,
     ) -> None:
         self.layouts, self.packing = layouts, packing
         self._body, self._reference = body, reference
@@ -80,7 +82,7 @@ class StreamedEngine:
         self._sites = ModelSites.of(body.body)
         self._passes = Passes(packing, self._device, self._dtype)
         self._num_layers = max(layout.layers[-1] for layout in layouts.values()) + 1
-        self._wave_bytes = wave_bytes
+        self._wave_bytes, self._memory_share = wave_bytes, memory_share
         for site in Buffers.sites(layouts):
             self._sites.check(site)
 
@@ -93,12 +95,13 @@ class StreamedEngine:
         packing: Packing,
         device: str,
         wave_bytes: int | None = None,
+        memory_share: float = 1.0,
     ) -> StreamedEngine:
         """Open a model; its blocks stay on the disk."""
         attention = NAME if packing.layout == "trie" else None
         body = StreamedBody.open(path, dtype, device, attn_implementation=attention)
         reference = partial(StreamedBody.open, path, dtype, device)
-        return cls(body, layouts, packing, reference, wave_bytes)
+        return cls(body, layouts, packing, reference, wave_bytes, memory_share)
 
     def run(self, work: Sequence[ShardWork]) -> Iterator[ShardResult]:
         """Compute shards, as many at a time as the memory holds; see `Engine`."""
@@ -118,7 +121,8 @@ class StreamedEngine:
         return shallow, ResidentEngine(body.body, layouts, self.packing)
 
     def _waves(self, work: Sequence[ShardWork]) -> Iterator[list[ShardWork]]:
-        limit = self._wave_bytes or int(_WAVE_SHARE * free_memory(self._device))
+        free = int(_WAVE_SHARE * self._memory_share * free_memory(self._device))
+        limit = self._wave_bytes or free
         # In and out of a block, and what is gathered.
         per_token = 2 * self._sites.d_model * self._dtype.itemsize
         per_row = sum(
@@ -184,6 +188,9 @@ class StreamedEngine:
                     tapped(pack.one, carried, pack.buffers, self._sites, layer),
                 ):
                     pack.hidden = pack.recording.call(block, pack.hidden, layer)
+                if pack.before and pack.before.buffers and pack.before.one.attention:
+                    # Read by this pass alone; only the prefix, which writes no rows, by others.
+                    pack.before.one.attention.begin([])
             for pack in running:
                 if pack.one.attention is not None:
                     pack.one.attention.begin([])

@@ -118,6 +118,12 @@ class StreamedBody:
             steering_service.core.errors.InvalidInput: See `block_list`.
         """
         body = meta_body(path, DTYPES[dtype], attn_implementation)
+        if (quantised := getattr(body.config, "quantization_config", None)) is not None:
+            raise InvalidInput(
+                f"model {os.fspath(path)!r} is quantised ({quantised}); its blocks cannot be "
+                "loaded one by one. Save it in float32 or bfloat16, or use the resident engine",
+                kind="model_quantised",
+            )
         loader = Loader(body, DTYPES[dtype], os.fspath(path))
         checkpoint = Checkpoint.open(path, getattr(body.config, "transformers_weights", None))
         return cls(body, checkpoint, loader, torch.device(device))

@@ -18,6 +18,7 @@ from pipeline.extraction.engines import (
     EngineChoice,
     EngineName,
     choose_engine,
+    memory_share,
     weight_bytes,
     worker_memory,
 )
@@ -81,9 +82,10 @@ def extract(
 ) -> Extraction:
     """Compute every shard that is missing or damaged, and close the cache.
 
-    A cache that is complete costs two listings. A worker that dies, also with its node, is replaced
-    and its shard computed again; a driver that dies is run again and goes on where the commit
-    records end. A worker's first shard passes the parity gate before it is written.
+    A cache that is complete costs some listings and a read of each quarantine. A worker that dies,
+    also with its node, is replaced and its shard computed again; a driver that dies is run again
+    and goes on where the commit records end. A worker's first shard passes the parity gate before
+    it is written.
 
     Args:
         planned: From `plan`.
@@ -103,12 +105,14 @@ def extract(
     check_device(device, address)
     resources = pool.resources(device)
     cache = planned.cache
-    missing = set(cache.missing())
-    damaged = cache.damaged() - missing
+    damaged = cache.damaged()
+    # Repairing writes what is missing of a damaged shard too, and looks at what is there.
+    missing = set(cache.missing()) - damaged
     quarantined = cache.quarantined()
     check_quarantined(planned, quarantined)
     if not missing and not damaged:
-        cache.seal()
+        if not cache.is_complete:
+            cache.seal()
         return Extraction(quarantined=quarantined)
     dtype: DtypeName = cache.capture["model"]["dtype"]
     start = time.perf_counter()
@@ -121,14 +125,16 @@ def extract(
         choice = _engine(planned, dtype, engine, pool, device, address)
         log.info("engine", extra={"engine": choice.name, "why": choice.why})
         # Where layers are streamed, loading them is shared by all shards that a worker has at once.
-        size = -(-len(missing) // (2 * pool.max_workers)) if choice.name == "streamed" else 1
+        to_do = len(missing) + len(damaged)
+        size = -(-to_do // (2 * pool.max_workers)) if choice.name == "streamed" else 1
         size = min(size, _MOST_AT_ONCE)
         rows = [*_rows(sorted(damaged), size, True), *_rows(sorted(missing), size, False)]
-        where = (root.url, cache.digest, str(planned.model.path), dtype, device, choice.name)
+        share = memory_share(device, pool.max_workers, pool.cpus, resources["num_gpus"])
+        where = (root.url, cache.digest, str(planned.model.path), dtype, device, choice.name, share)
         for receipt in _receipts(rows, where, pool, resources):
             last_written = time.perf_counter()
             if first_began is None:
-                first_began = last_written - sum(receipt.seconds.values())
+                first_began = last_written - receipt.age
             for phase, value in receipt.seconds.items():
                 seconds[phase] += value
             if receipt.parity and (worst is None or receipt.parity.worst > worst.worst):
@@ -217,7 +223,7 @@ def _rows(shards: Sequence[int], size: int, repair: bool) -> Iterator[dict[str, 
 
 def _receipts(
     rows: Sequence[Mapping[str, Any]],
-    where: tuple[str, str, str, DtypeName, str, EngineName],
+    where: tuple[str, str, str, DtypeName, str, EngineName, float],
     pool: Pool,
     resources: Mapping[str, float],
 ) -> Iterator[Receipt]:
@@ -256,9 +262,9 @@ def _receipts(
             yield outcome
     except ray.exceptions.RayActorError as error:
         raise InvalidInput(
-            f"a worker died {_DEATHS + 1} times over the same shard, each time that it was begun "
-            "again. Most often the kernel ended it for want of memory: take fewer --workers, "
-            "--engine streamed, or less capture.tokens_per_pack. What is finished is kept "
-            f"(Ray says: {str(error).splitlines()[0]})",
+            f"workers died again and again: {_DEATHS + 1} times over one shard, or {_INIT_DEATHS} "
+            "in a row while they loaded the model. Most often the kernel ends them for want of "
+            "memory: take fewer --workers, --engine streamed, or less capture.tokens_per_pack. "
+            f"What is finished is kept (Ray says: {str(error).splitlines()[0]})",
             kind="worker_died",
         ) from error

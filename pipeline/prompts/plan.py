@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -30,8 +29,6 @@ from store.activations import ActivationCache
 from store.layout import StreamLayout, choose_rows_per_shard
 from store.location import Location
 
-log = logging.getLogger(__name__)
-
 CAPTURE_SCHEMA: Final = 2
 QUARANTINE_FILE: Final = "quarantine.jsonl"
 
@@ -49,6 +46,7 @@ class Plan:
         model: The model that is run.
         num_prompts: Prompts that will be read.
         packing: How they become forward passes.
+        packing_reason: Why not as a trie with attention of ours, or None.
         num_tokens: Their tokens, without padding.
         num_nodes: Nodes of their trie: tokens that are computed where packs share them.
         num_rows: Rows of every array.
@@ -59,6 +57,7 @@ class Plan:
     cache: ActivationCache
     model: ModelInfo
     packing: Packing
+    packing_reason: str | None
     num_prompts: int
     num_tokens: int
     num_nodes: int
@@ -112,9 +111,10 @@ def plan(run: RunFile, root: Location) -> Plan:
     prompts, too_short = _with_rows(prompts, selection)
     quarantined = [*corpus.quarantined, *too_long, *too_short]
     check_quarantine(quarantined, corpus.num_rows, len(prompts), run.prompts)
-    layout = _packing_layout(run, model)
+    packing, packing_reason = _packing(run, model, prompts)
+    layout = packing.layout
     prompts = _in_order(prompts, layout)
-    packing = Packing(layout, run.capture.tokens_per_pack, _prefix(prompts, layout))
+    packing = replace(packing, prefix=_prefix(prompts, layout))
     share = selection.form == "all" and layout != "batches"
     spans = [np.array(selection.spans(prompt), np.int32).reshape(-1, 2) for prompt in prompts]
     num_rows = _num_nodes(prompts) if share else sum(map(len, spans))
@@ -160,6 +160,7 @@ def plan(run: RunFile, root: Location) -> Plan:
         cache=cache,
         model=model,
         packing=packing,
+        packing_reason=packing_reason,
         num_prompts=len(prompts),
         num_tokens=sum(len(prompt.token_ids) for prompt in prompts),
         num_nodes=_num_nodes(prompts),
@@ -169,21 +170,29 @@ def plan(run: RunFile, root: Location) -> Plan:
     )
 
 
-def _packing_layout(run: RunFile, model: ModelInfo) -> Layout:
+def _packing(
+    run: RunFile, model: ModelInfo, prompts: Sequence[TokenizedPrompt]
+) -> tuple[Packing, str | None]:
+    """How the prompts are packed but for their prefix, and why not as a trie if they are not."""
+    tokens = run.capture.tokens_per_pack
+    layout, reason = model.layout, model.layout_reason
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    if model.rope_limit is not None and longest > model.rope_limit:
+        # A budget of one token: each prompt by itself.
+        layout, tokens = "batches", 1
+        reason = (
+            f"a prompt of {longest} tokens is longer than {model.rope_limit}, past which LongRoPE "
+            "turns every prompt of its pass otherwise"
+        )
     if run.capture.packing == "batches":
-        return "batches"
-    if model.layout == "batches" and run.capture.packing == "trie":
+        return Packing("batches", tokens), None
+    if layout == "batches" and run.capture.packing == "trie":
         raise InvalidInput(
-            f'capture.packing = "trie": the model {model.name!r} cannot be packed so: '
-            f'{model.layout_reason}; leave packing out, or set it to "batches"',
+            f'capture.packing = "trie": prompts of the model {model.name!r} cannot be packed so: '
+            f'{reason}; leave packing out, or set it to "batches"',
             kind="capture_packing",
         )
-    if model.layout != "trie":
-        log.warning(
-            "prompts are packed without attention along the trie",
-            extra={"model": model.name, "layout": model.layout, "why": model.layout_reason},
-        )
-    return model.layout
+    return Packing(layout, tokens), reason
 
 
 def _in_order(prompts: Sequence[TokenizedPrompt], layout: Layout) -> list[TokenizedPrompt]:

@@ -51,7 +51,7 @@ def write_worklist(
         for shard in range(first, min(last, num_shards - 1) + 1):
             groups[shard].append(i)
     sink = io.BytesIO()
-    with pq.ParquetWriter(sink, _SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, _SCHEMA, compression="zstd", write_statistics=False) as writer:
         for group in groups:
             columns = {
                 "prompt_id": [prompts[i].example.prompt_id for i in group],

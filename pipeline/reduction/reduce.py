@@ -138,6 +138,9 @@ def reduce(
         projections = project(
             cache, root, fit.directions_LW, lambda done: on_progress(num_fits + done, total)
         ).of(samples)
+        if not np.isfinite(projections.norms_NS).all():
+            # Of validation or test: they would count as answers of one class.
+            raise _not_finite(cache, "a row's projection")
     in_doubt: list[str] = []
     if method == "pca":
         fit, projections, in_doubt = _oriented(cache, fit, projections, pairs)
@@ -163,12 +166,15 @@ def _check_finite(cache: ActivationCache, fit: Fit) -> None:
         finite_L = np.isfinite(vectors_LW).all(axis=1)
         if not finite_L.all():
             layer = cache.streams[stream].layers[int(np.argmin(finite_L))]
-            raise InvalidInput(
-                f"cache {cache.digest[:12]}: the direction at {stream}.{layer} is not finite, so "
-                "rows that are not in quarantine hold NaN or infinity; run `steerage verify`, "
-                "which finds a quarantine that was lost",
-                kind="not_finite",
-            )
+            raise _not_finite(cache, f"the direction at {stream}.{layer}")
+
+
+def _not_finite(cache: ActivationCache, what: str) -> InvalidInput:
+    return InvalidInput(
+        f"cache {cache.digest[:12]}: {what} is not finite, so rows that are not in quarantine hold "
+        "NaN or infinity; run `steerage verify`, which finds a quarantine that was lost",
+        kind="not_finite",
+    )
 
 
 def _oriented(

@@ -177,6 +177,23 @@ def test_prompts_under_one_long_system_prompt_equal_plain_forwards(
     assert worst_error(planned, family, compute(planned)) < 1e-5
 
 
+@pytest.mark.parametrize(("words", "layout"), [(2, "trie"), (70, "batches")])
+def test_prompts_that_change_the_rotary_embedding_are_computed_alone(
+    make_model: Any, make_plan: Any, words: int, layout: str
+) -> None:
+    texts = [f"{i}: " + "north " * (words if i % 3 == 0 else 1) for i in range(24)]
+    rows = [{"prompt": text, "positive": "a", "negative": "b"} for text in texts]
+    planned = make_plan(make_model("phi3-longrope"), rows=rows, capture='tokens = "last_3"')
+    lengths = [len(prompt.token_ids) for prompt in read_prompts(planned.cache)]
+    assert (max(lengths) > 60) == (layout == "batches")
+    assert min(lengths) < 40
+    assert planned.packing.layout == layout
+    assert ("longer than 60" in (planned.packing_reason or "")) == (layout == "batches")
+    prompts = read_prompts(planned.cache)
+    parity = check_parity(load(planned), prompts, "float32", num_prompts=2 * len(prompts))
+    assert parity.worst < 1e-5
+
+
 def test_shards_do_not_depend_on_what_was_computed_before(make_plan: Any) -> None:
     system = "the ship steers to the north, and the crew answers the captain"
     planned = make_plan(capture=STREAMS, prompts=f'system = "{system}"')

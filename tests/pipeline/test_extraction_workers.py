@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config import load_run_file
 from pipeline.errors import InvalidInput
+from pipeline.extraction.devices import _room_in_container
 from pipeline.extraction.shard_worker import Receipt, ShardWorker
-from pipeline.extraction.workers import check_quarantined
+from pipeline.extraction.workers import check_quarantined, extract
 from pipeline.prompts.plan import Plan, plan
 from pipeline.ray_runtime import Pool
 from store.location import Location
@@ -162,3 +163,32 @@ def test_workers_that_cannot_be_had_are_refused() -> None:
         Pool(2, gpus=1.5)
     with pytest.raises(InvalidInput, match="would see no GPU"):
         Pool(2, gpus=0).resources("cuda")
+
+
+def test_a_shard_with_one_stream_damaged_and_one_not_written_is_put_right(
+    tmp_path: Path, planned: Plan, ray_running: None
+) -> None:
+    cache = planned.cache
+    _outcomes(_worker(tmp_path, planned), shards=[0, 1])
+    cut = cache.location.local_path("resid_post/c/0/0/0")
+    cut.write_bytes(cut.read_bytes()[:-100])
+    for key in ("z/c/0/0/0", "_commits/z/00000000.json"):
+        cache.location.delete(key)
+    root = Location.open(str(tmp_path / "store"))
+    result = extract(planned, root, pool=Pool(1))
+    assert result.shards_repaired == 1
+    assert result.shards_computed == cache.num_shards - 1
+    assert list(cache.verify()) == []
+    # Done once more, there is nothing to do.
+    assert extract(planned, root, pool=Pool(1)).shards_computed == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max", float("inf")), ("1000", 1000 - 700 + 50), ("100", 0)]
+)
+def test_a_containers_limit_counts(tmp_path: Path, limit: str, expected: float) -> None:
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 50\n")
+    assert _room_in_container(tmp_path) == expected
+    assert _room_in_container(tmp_path / "none") == float("inf")

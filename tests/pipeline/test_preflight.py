@@ -38,7 +38,10 @@ def test_what_is_counted_is_what_a_run_does(make_plan: Any, packing: str) -> Non
         tokens += result.tokens
         cache.write_shard(result.shard, result.values)
     cache.seal()
-    assert costs.tokens_computed == tokens
+    # Engines do not count padding, which costs all the same.
+    assert costs.tokens_computed == tokens or (
+        packing == "batches" and tokens < costs.tokens_computed < 1.2 * tokens
+    )
     assert costs.tokens == planned.num_tokens
     files = [path for path in cache.location.local_path().rglob("*") if path.is_file()]
     assert costs.objects == len(files)
@@ -47,8 +50,11 @@ def test_what_is_counted_is_what_a_run_does(make_plan: Any, packing: str) -> Non
     # Two of three blocks, and no embedding: two FLOPs a weight and token, and attention.
     body = load_body(planned.model.path, "float32")
     weights = sum(p.numel() for block in body.layers[:2] for p in block.parameters())
-    assert 2 * weights * tokens < costs.tflop * 1e12 < 2.5 * weights * tokens
-    assert costs.hours == pytest.approx(costs.tflop / (989 * 0.5 * 2) / 3600)
+    assert 2 * weights * tokens < costs.tflop * 1e12 < 2.7 * weights * tokens
+    assert costs.hours == pytest.approx(costs.tflop / (67 * 0.5 * 2) / 3600)
+    # Four workers on quarters of one GPU are one GPU.
+    shared = preflight(planned, workers=4, hardware="h100", gpus=0.25)
+    assert shared.hours == pytest.approx(2 * costs.hours)
     assert costs.readable()["engine"].startswith("resident (")
 
 

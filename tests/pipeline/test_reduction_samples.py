@@ -239,10 +239,11 @@ def test_quarantined_samples_and_their_partners_are_left_out(root, form):
         assert Reduction.open(root, got[method].digest).left_out == bad_N.sum()
 
 
-def test_a_lost_quarantine_gives_no_direction(root):
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_lost_quarantine_gives_no_direction(root, split):
     columns, values = expanded(*shared_samples())
-    at = next(n for n, split in enumerate(columns["split"]) if split == "train")
-    cache = write_cache(root, columns, values, "lost", quarantined=[at])
+    at = next(n for n, of_row in enumerate(columns["split"]) if of_row == split)
+    cache = write_cache(root, columns, values, f"lost {split}", quarantined=[at])
     cache.location.delete(f"_quarantine/{at // 32:08d}.json")
     for method in ("difference_of_means", "pca"):
         with pytest.raises(InvalidInput, match="run `steerage verify`") as caught:
