@@ -165,8 +165,9 @@ def test_workers_that_cannot_be_had_are_refused() -> None:
         Pool(2, gpus=0).resources("cuda")
 
 
+@pytest.mark.parametrize("engine", ["resident", "streamed"])
 def test_a_shard_with_one_stream_damaged_and_one_not_written_is_put_right(
-    tmp_path: Path, planned: Plan, ray_running: None
+    tmp_path: Path, planned: Plan, ray_running: None, engine: Any
 ) -> None:
     cache = planned.cache
     _outcomes(_worker(tmp_path, planned), shards=[0, 1])
@@ -175,12 +176,18 @@ def test_a_shard_with_one_stream_damaged_and_one_not_written_is_put_right(
     for key in ("z/c/0/0/0", "_commits/z/00000000.json"):
         cache.location.delete(key)
     root = Location.open(str(tmp_path / "store"))
-    result = extract(planned, root, pool=Pool(1))
+    result = extract(planned, root, pool=Pool(1), engine=engine)
+    assert result.engine.name == engine
     assert result.shards_repaired == 1
     assert result.shards_computed == cache.num_shards - 1
     assert list(cache.verify()) == []
     # Done once more, there is nothing to do.
-    assert extract(planned, root, pool=Pool(1)).shards_computed == 0
+    assert extract(planned, root, pool=Pool(1), engine=engine).shards_computed == 0
+    # Nor is there more to do than to repair.
+    cut.write_bytes(cut.read_bytes()[:-100])
+    result = extract(planned, root, pool=Pool(1), engine=engine)
+    assert result.shards_repaired == result.shards_computed == 1
+    assert list(cache.verify()) == []
 
 
 @pytest.mark.parametrize(
