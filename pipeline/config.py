@@ -89,8 +89,9 @@ class CaptureSection(_Section):
     packing: Literal["auto", "trie", "batches"] = "auto"
     """auto: as a token trie, in which what prompts share is computed once, where the model can take
     it; batches: right-padded prompts of like lengths, which every causal model can take."""
-    tokens_per_pack: Annotated[int, Field(ge=1)] = 2048
-    """Tokens of one forward pass. Part of the capture: it decides the last bits."""
+    tokens_per_pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Tokens of one forward pass; auto is 1024 for models narrower than 2048, which CPUs run, and
+    else 4096, which keep a GPU busy. Part of the capture: it decides the last bits."""
     shard_mib: Annotated[float, Field(gt=0, le=4096)] = 128.0
     """Aim for the size of a shard, in MiB."""
 

@@ -33,6 +33,7 @@ CAPTURE_SCHEMA: Final = 2
 QUARANTINE_FILE: Final = "quarantine.jsonl"
 
 _ROWS_PER_CHUNK: Final = 32
+_NARROW: Final = 2048
 _MIN_SHARDS: Final = 32
 """A small corpus is still split, so that several workers have something to do."""
 
@@ -174,7 +175,9 @@ def _packing(
     run: RunFile, model: ModelInfo, prompts: Sequence[TokenizedPrompt]
 ) -> tuple[Packing, str | None]:
     """How the prompts are packed but for their prefix, and why not as a trie if they are not."""
-    tokens = run.capture.tokens_per_pack
+    asked = run.capture.tokens_per_pack
+    narrow = model.d_model < _NARROW
+    tokens = (1024 if narrow else 4096) if asked == "auto" else asked
     layout, reason = model.layout, model.layout_reason
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
     if model.rope_limit is not None and longest > model.rope_limit:
