@@ -84,7 +84,7 @@ def test_a_run_into_a_bucket_survives_its_driver_and_mends_damage(
         assert time.monotonic() < deadline
         time.sleep(0.2)
     driver.kill()
-    assert driver.wait_for_family_to_end(60) == []
+    assert driver.wait_for_family_to_end() == []
     done = steerage("extract", str(run_file), "--store", url, "--workers", "2", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

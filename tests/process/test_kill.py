@@ -38,7 +38,7 @@ def test_killed_workers_are_replaced(
     result = json.loads(out)
     assert result["shards_computed"] == result["shards"]
     _assert_finished(driver.cache, before, undisturbed)
-    assert driver.wait_for_family_to_end(30) == []
+    assert driver.wait_for_family_to_end() == []
 
 
 @pytest.mark.parametrize("trial", TRIALS)
@@ -52,7 +52,7 @@ def test_killed_drivers_are_run_again(
         driver = start_driver(tmp_path)
         _wait_for_moment(driver, moments)
         driver.kill()
-        assert driver.wait_for_family_to_end(30) == [], "processes outlive their driver"
+        assert driver.wait_for_family_to_end() == [], "processes outlive their driver"
         now = driver.cache.records()
         assert {name: now[name] for name in before} == before, "a committed shard was redone"
         before = now
@@ -72,7 +72,7 @@ def test_interrupted_run_says_so_and_can_go_on(
     assert err.strip().splitlines()[-1] == (
         "steerage: interrupted; what is finished is kept, run it again to go on"
     )
-    assert driver.wait_for_family_to_end(30) == [], "processes outlive their driver"
+    assert driver.wait_for_family_to_end() == [], "processes outlive their driver"
     _finish_the_rest(start_driver, tmp_path, undisturbed)
 
 
@@ -102,7 +102,7 @@ def _finish_the_rest(start_driver: StartDriver, store: Path, undisturbed: dict[s
     result = json.loads(out)
     assert result["shards_computed"] == result["shards"] - num_before
     _assert_finished(again.cache, before, undisturbed)
-    assert again.wait_for_family_to_end(30) == []
+    assert again.wait_for_family_to_end() == []
 
 
 def _assert_finished(cache: Any, before: Records, undisturbed: dict[str, str]) -> None:

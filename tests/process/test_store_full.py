@@ -47,7 +47,7 @@ def test_a_full_store_is_said_and_the_run_goes_on_after_space_is_made(
     assert "Traceback" not in err
     assert "No space left on device" in err
     assert "free space" in err
-    assert driver.wait_for_family_to_end(30) == []
+    assert driver.wait_for_family_to_end() == []
     before, num_before = driver.cache.records(), driver.cache.num_committed()
     assert num_before > 0, "it was full before anything was committed, so this shows little"
     # What counts is whole.
