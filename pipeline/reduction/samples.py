@@ -8,6 +8,7 @@ Shapes: N samples, A array rows of the cache, W width.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,66 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Samples that belong together: those of a pair, or else those of a prompt.
+
+    What is resampled, halved or relabelled is whole blocks: two sides of a pair share more than
+    their class. Halves and shuffled labels follow from a hash of the block's name, so they are the
+    same in every run, and balanced within each split.
+
+    Attributes:
+        block_N: Int64 [N], equal for samples of one block.
+        half_N: Bool [N], in which half of its split a sample's block is.
+        shuffled_N: Bool [N], shuffled labels: the other class in half of the blocks of each half.
+            Of a pair both sides change, so that each shuffled class has as many of either label.
+    """
+
+    block_N: NDArray[np.int64]
+    half_N: NDArray[np.bool_]
+    shuffled_N: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, index: pa.Table) -> Blocks:
+        """Blocks of the samples of an index."""
+        label_N = np.asarray(index["label"].to_numpy())
+        block_N, names = _block_names(index)
+        digests_B = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
+        hash_B = np.frombuffer(b"".join(digests_B), ">u8")
+        _, first_B = np.unique(block_N, return_index=True)
+        sides_B = [np.bincount(block_N[label_N == side], minlength=len(names)) for side in (0, 1)]
+        # Blocks of one class are balanced within the class, those of both within themselves.
+        kind_B = (sides_B[0] > 0).astype(np.int64) + 2 * (sides_B[1] > 0)
+        _, split_N = np.unique(index["split"].to_numpy(zero_copy_only=False), return_inverse=True)
+        group_B = split_N[first_B] * 4 + kind_B
+        order = np.lexsort((hash_B, group_B))
+        starts = np.flatnonzero(np.diff(group_B[order], prepend=-1))
+        sizes = np.diff(np.append(starts, len(order)))
+        rank_B = np.empty(len(order), np.int64)
+        rank_B[order] = np.arange(len(order)) - np.repeat(starts, sizes)
+        turned_N = (rank_B // 2 % 2 == 1)[block_N]
+        return cls(block_N, (rank_B % 2 == 1)[block_N], label_N ^ turned_N)
+
+
+def _block_names(index: pa.Table) -> tuple[NDArray[np.int64], list[bytes]]:
+    """A number for each sample's block, and the blocks' names by number."""
+    num = len(index)
+    code_N, names = np.full(num, -1, np.int64), list[bytes]()
+    for column in ("pair", "prompt_id"):
+        open_N = code_N < 0
+        if column in index.column_names and open_N.any():
+            encoded = index[column].combine_chunks().dictionary_encode()
+            named_N = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+            chosen_N = open_N & (named_N >= 0)
+            used, numbers = np.unique(named_N[chosen_N], return_inverse=True)
+            code_N[chosen_N] = len(names) + numbers
+            values = encoded.dictionary.to_pylist()
+            names += [f"{column}/{values[number]}".encode() for number in used]
+    alone = np.flatnonzero(code_N < 0)
+    code_N[alone] = len(names) + np.arange(len(alone))
+    return code_N, names + [f"entry/{number}".encode() for number in alone]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Samples:
     """The samples of a cache that count.
 
@@ -31,12 +92,14 @@ class Samples:
         num_rows: A, array rows of the cache.
         left_out: Samples that do not count: those in quarantined rows, and the others of their
             pairs.
+        blocks: Which samples belong together, and how they are halved and relabelled.
     """
 
     index: pa.Table
     row_N: NDArray[np.int64]
     num_rows: int
     left_out: int
+    blocks: Blocks
 
     def __len__(self) -> int:
         return len(self.row_N)
@@ -50,6 +113,21 @@ class Samples:
     def split_N(self) -> NDArray[Any]:
         """Split names [N]."""
         return np.asarray(self.index["split"].to_numpy(zero_copy_only=False))
+
+    @property
+    def block_N(self) -> NDArray[np.int64]:
+        """See `Blocks`."""
+        return self.blocks.block_N
+
+    @property
+    def half_N(self) -> NDArray[np.bool_]:
+        """See `Blocks`."""
+        return self.blocks.half_N
+
+    @property
+    def shuffled_N(self) -> NDArray[np.bool_]:
+        """See `Blocks`."""
+        return self.blocks.shuffled_N
 
     def of(self, values: NDArray[Any]) -> NDArray[Any]:
         """The samples' values [N, ...] from those of all array rows [A, ...]; where each row is one
@@ -82,7 +160,7 @@ def read_samples(cache: ActivationCache) -> Samples:
     quarantined = np.array(sorted(cache.quarantined()), np.int64)
     bad_N = np.isin(row_N, quarantined)
     if not bad_N.any():
-        return Samples(index, row_N, cache.num_rows, 0)
+        return Samples(index, row_N, cache.num_rows, 0, Blocks.of(index))
     if "pair" in index.column_names:
         code_N = _codes(index["pair"])
         bad_N |= np.isin(code_N, code_N[bad_N & (code_N >= 0)])
@@ -91,7 +169,8 @@ def read_samples(cache: ActivationCache) -> Samples:
         "quarantined samples left out",
         extra={"samples": left_out, "of": len(row_N), "quarantined_rows": len(quarantined)},
     )
-    return Samples(index.filter(pa.array(~bad_N)), row_N[~bad_N], cache.num_rows, left_out)
+    index = index.filter(pa.array(~bad_N))
+    return Samples(index, row_N[~bad_N], cache.num_rows, left_out, Blocks.of(index))
 
 
 def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
