@@ -173,8 +173,9 @@ def build(
         lineage: Settings and scores worth keeping; JSON values only.
 
     Raises:
-        InvalidInput: Two Interventions of one site and operation, values that JSON cannot hold, or
-            a controller that weighs another number of Interventions or reads what comes after them.
+        InvalidInput: Two Interventions of one site and operation, a direction whose sigma was not
+            measured, values that JSON cannot hold, or a controller that weighs another number of
+            Interventions or reads what comes after them.
     """
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     records = []
@@ -184,6 +185,13 @@ def build(
             raise InvalidInput(
                 f"artifact {name!r} has two interventions for {tensor}; merge them first",
                 kind="artifact_duplicate",
+            )
+        if item.direction.sigma is None:
+            raise InvalidInput(
+                f"artifact {name!r}: the sigma of the direction at {item.site} was not measured "
+                f"(method {item.direction.method}), and a manifest says it; measure it on a cache "
+                "with pipeline.notebook.measure",
+                kind="sigma_missing",
             )
         tensors[tensor] = item.direction.vector_D
         records.append(

@@ -43,7 +43,8 @@ class Intervention:
         weight: Multiplies the strength of this Intervention within its artifact.
 
     Raises:
-        InvalidInput: An unknown operation, unit or position policy, or a weight that is not finite.
+        InvalidInput: An unknown operation, unit or position policy, a weight that is not finite, or
+            the unit ``sigma`` for a direction whose sigma was not measured.
     """
 
     direction: Direction
@@ -69,6 +70,13 @@ class Intervention:
                 f"intervention at {self.site}: weight must be finite, got {self.weight!r}",
                 kind="intervention_weight",
             )
+        if self.strength_unit == "sigma" and self.direction.sigma is None:
+            raise InvalidInput(
+                f"intervention at {self.site}: strength_unit 'sigma' needs the direction's sigma, "
+                f"which was not measured (method {self.direction.method}); measure it on a cache "
+                "with pipeline.notebook.measure, or use 'unit' or 'direction'",
+                kind="sigma_missing",
+            )
 
     @property
     def site(self) -> Site:
@@ -84,6 +92,7 @@ class Intervention:
         if self.operation == "project_out" or self.strength_unit == "unit":
             return self.direction.unit_D
         if self.strength_unit == "sigma":
+            assert self.direction.sigma is not None
             return np.asarray(self.direction.unit_D * self.direction.sigma, dtype=np.float32)
         return self.direction.vector_D
 
