@@ -58,8 +58,8 @@ def assert_equal(found, expected, counted_NX):
     wide_NX = to_float32(counted_NX).astype(np.float64)
     largest_X, range_X = np.abs(wide_NX).max(axis=0), np.ptp(wide_NX, axis=0)
     counts = expected.count_G.reshape(-1, *[1] * wide_NX[0].ndim)
-    assert (np.abs(found.mean - expected.mean) <= 4e-16 * largest_X).all()
-    allowed = 1e-13 * expected.m2 + counts * range_X * (1e-14 * range_X + 4e-16 * largest_X)
+    assert (np.abs(found.mean - expected.mean) <= 2e-15 * largest_X).all()
+    allowed = 1e-13 * expected.m2 + counts * range_X * (2e-14 * range_X + 1e-15 * largest_X)
     assert (np.abs(found.m2 - expected.m2) <= allowed).all()
 
 
