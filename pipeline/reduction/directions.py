@@ -6,6 +6,7 @@ Shapes: L layers, W width of a stream, H heads, D width of a site; S sites.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -95,8 +96,11 @@ def _whitened(
         shrunk_DD = covariance_DD * ((1 - shrinkage) / variance)
         shrunk_DD[np.diag_indices(width)] += shrinkage
         try:
-            difference_D = scipy.linalg.solve(shrunk_DD, difference_D, assume_a="pos")
-        except np.linalg.LinAlgError as error:
+            with warnings.catch_warnings():
+                # Of a matrix so near to singular that the answer is rounding.
+                warnings.simplefilter("error", scipy.linalg.LinAlgWarning)
+                difference_D = scipy.linalg.solve(shrunk_DD, difference_D, assume_a="pos")
+        except (np.linalg.LinAlgError, scipy.linalg.LinAlgWarning) as error:
             raise InvalidInput(
                 f"whitened difference: a covariance of width {width} cannot be inverted with "
                 f"shrinkage {shrinkage}, as there are too few rows or some features depend on "
