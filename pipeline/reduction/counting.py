@@ -1,90 +1,27 @@
 """Counting: Moments of groups of rows and of pair differences, from one read of a cache.
 
-Shapes: R rows, A array rows of the cache, P pairs, G groups, K groups of pairs, L layers, W width;
-X any trailing shape of the values, and in the inner loops all of it in one axis.
+Shapes: R rows, A array rows of the cache, P pairs, G groups, K groups of pairs, L layers, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import InvalidInput
-from pipeline.reduction.moments import Moments
+from pipeline.reduction.grouped import GroupedMoments, GroupSums
+from pipeline.reduction.passes import layer_blocks, merge_tasks, shard_groups
+from store.activations import ActivationCache
+from store.layout import StreamLayout
+from store.location import Location
 
-_BLOCK_VALUES: Final = 64 * 1024
-"""Values that are widened to float64 at a time: 512 KiB, which stays in a core's L2 cache."""
-_BLOCK_ROWS: Final = 64
-_PILOT_ROWS: Final = 16
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GroupedMoments:
-    """Moments of several groups of rows; see `moments.Moments`.
-
-    Attributes:
-        count_G: Int64 [G], rows of each group.
-        mean: Float64 [G, ...].
-        m2: Float64 [G, ...], the sums of squared distances from the groups' means.
-    """
-
-    count_G: NDArray[np.int64]
-    mean: NDArray[np.float64]
-    m2: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, values_RX: NDArray[Any], counts_GR: NDArray[np.int64]) -> GroupedMoments:
-        """Moments of rows, each counted as often as `counts_GR` says.
-
-        Args:
-            values_RX: [R, ...], float32 or uint16 bits of bfloat16. Rows that count 0 times in all
-                groups are not looked at: they may be NaN.
-            counts_GR: Int64 [G, R], how often a row counts in a group.
-
-        Raises:
-            InvalidInput: kind "values", another dtype, or another number of rows.
-        """
-        _check_values(values_RX, counts_GR.shape[1])
-        sums = _Sums(len(counts_GR), values_RX.shape[1:])
-        sums.add_rows(values_RX, counts_GR)
-        return sums.moments()
-
-    @classmethod
-    def empty(cls, num_groups: int, shape: Sequence[int]) -> GroupedMoments:
-        """Moments of no rows: the neutral element of `merge`."""
-        zeros = np.zeros((num_groups, *shape))
-        return cls(np.zeros(num_groups, np.int64), zeros, zeros.copy())
-
-    def merge(self, other: GroupedMoments) -> GroupedMoments:
-        """Moments of both sets together, group by group (Chan, Golub and LeVeque 1979, the pairwise
-        update).
-        """
-        count_G = self.count_G + other.count_G
-        mean, m2 = self.mean.copy(), self.m2.copy()
-        for group, count in enumerate(count_G):
-            if self.count_G[group] == 0:
-                mean[group], m2[group] = other.mean[group], other.m2[group]
-            elif other.count_G[group]:
-                delta = other.mean[group] - mean[group]
-                share = other.count_G[group] / count
-                mean[group] += delta * share
-                m2[group] += other.m2[group]
-                m2[group] += np.square(delta, out=delta) * (self.count_G[group] * share)
-        return GroupedMoments(count_G, mean, m2)
-
-    def group(self, *numbers: int) -> Moments:
-        """Moments of the rows of one group, or of these groups together."""
-        merged = Moments.empty(self.mean.shape[1:])
-        for number in numbers:
-            merged = merged.merge(
-                Moments(int(self.count_G[number]), self.mean[number], self.m2[number])
-            )
-        return merged
+_PARTNERS_AT_A_TIME: Final = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,18 +50,31 @@ class Counting:
     """What is counted. Plain arrays, so that it travels to Ray tasks.
 
     Attributes:
-        counts_GA: Int64 [G, A], how often an array row counts in a group.
+        counts_GA: Integers [G, A], how often an array row counts in a group.
         positive_P: Int64 [P], array rows. Several pairs may share a row.
         negative_P: Int64 [P], their partners.
         group_P: Int64 [P], the pair group of each.
         num_pair_groups: K; 0: pairs are not counted.
     """
 
-    counts_GA: NDArray[np.int64]
+    counts_GA: NDArray[np.integer[Any]]
     positive_P: NDArray[np.int64]
     negative_P: NDArray[np.int64]
     group_P: NDArray[np.int64]
     num_pair_groups: int
+
+    def cut(self, rows: range) -> Counting:
+        """What concerns consecutive array rows: counts of these alone, [G, R], and the pairs whose
+        positive row is among them. Pairs still name rows of the whole cache.
+        """
+        mine = np.flatnonzero((self.positive_P >= rows.start) & (self.positive_P < rows.stop))
+        return Counting(
+            self.counts_GA[:, rows.start : rows.stop],
+            self.positive_P[mine],
+            self.negative_P[mine],
+            self.group_P[mine],
+            self.num_pair_groups,
+        )
 
 
 def count_shard(
@@ -151,10 +101,9 @@ def count_shard(
     for stream, values_RLW in values.items():
         pairs = None
         if counting.num_pair_groups:
-            _check_values(values_RLW, len(rows))
-            sums = _Sums(counting.num_pair_groups, values_RLW.shape[1:])
+            sums = GroupSums(counting.num_pair_groups, values_RLW.shape[1:])
             sums.add_differences(
-                values_RLW[positive_N], values_RLW[negative_N], counting.group_P[inside_P]
+                (values_RLW, positive_N), (values_RLW, negative_N), counting.group_P[inside_P]
             )
             pairs = sums.moments()
         counted[stream] = Counted(GroupedMoments.of(values_RLW, counts_GR), pairs)
@@ -170,140 +119,172 @@ def pairs_within(counting: Counting, rows: range) -> NDArray[np.int64]:
     )
 
 
-class _Sums:
-    """Sums and sums of squares of groups of rows, taken from a shift, in float64.
-
-    Sums of squares alone lose what the mean is larger than the spread, squared. Taken from a shift
-    amid the rows they lose nothing to speak of: the shift is the mean of the first rows that count.
-    Values are widened a block at a time, so that every step after the first finds its input in the
-    core's own cache: this costs a third of the same steps over whole arrays.
+def num_tasks(streams: Mapping[str, StreamLayout], num_moments: int) -> int:
+    """Tasks of `count`, but for merges.
 
     Args:
-        num_groups: G.
-        shape: Of one row.
+        streams: Layouts of the cache.
+        num_moments: Groups and groups of pairs together.
     """
+    return sum(
+        len(layer_blocks(layout, num_moments)) * len(shard_groups(layout))
+        for layout in streams.values()
+    )
 
-    def __init__(self, num_groups: int, shape: Sequence[int]) -> None:
-        self._shape = tuple(shape)
-        width = int(np.prod(self._shape))
-        self._count_G = np.zeros(num_groups, np.int64)
-        self._shift_X: torch.Tensor | None = None
-        self._sum_GX = torch.zeros(num_groups, width, dtype=torch.float64)
-        self._square_GX = torch.zeros(num_groups, width, dtype=torch.float64)
 
-    def add_rows(self, values_RX: NDArray[Any], counts_GR: NDArray[np.int64]) -> None:
-        """Add rows, each as often as `counts_GR` says; see `GroupedMoments.of`."""
-        group_E, row_E = np.nonzero(counts_GR)
-        if len(group_E) == 0:
-            return
-        bits_RX = _tensor(values_RX)
-        weight_E = torch.from_numpy(counts_GR[group_E, row_E].astype(np.float64))
-        if self._shift_X is None:
-            pilots = np.sort(row_E)[:: -(-len(row_E) // _PILOT_ROWS)]
-            self._shift_X = _shift(bits_RX[torch.from_numpy(pilots)].double())
-        self._count_G += counts_GR.sum(axis=1)
-        rows_E = torch.from_numpy(row_E)
-        for group, block in _blocks_of_one_group(group_E):
-            self._add(group, (bits_RX,), (rows_E[block],), weight_E[block])
+def count(
+    cache: ActivationCache,
+    root: Location,
+    counting: Counting,
+    *,
+    on_done: Callable[[int], None],
+) -> dict[str, Counted]:
+    """Count a cache; a Ray task takes a block of layers of a group of shards.
 
-    def add_differences(
-        self,
-        positive_NX: NDArray[Any],
-        negative_NX: NDArray[Any],
-        group_N: NDArray[np.int64],
-    ) -> None:
-        """Add differences of rows.
+    Only Moments leave a task, and they are merged in a tree of tasks. What a task reads, and what
+    is merged with what, follow from the cache alone: the result has the same bits in every run,
+    however many workers there are and however many of them are lost.
 
-        Args:
-            positive_NX: [N, ...], float32 or uint16 bits of bfloat16.
-            negative_NX: What is taken from them.
-            group_N: Int64 [N], the group of each.
-        """
-        if len(group_N) == 0:
-            return
-        sides = (_tensor(positive_NX), _tensor(negative_NX))
-        if self._shift_X is None:
-            pilots = slice(None, None, -(-len(group_N) // _PILOT_ROWS))
-            self._shift_X = _shift(sides[0][pilots].double() - sides[1][pilots].double())
-        self._count_G += np.bincount(group_N, minlength=len(self._count_G))
-        order_N = torch.from_numpy(np.argsort(group_N, kind="stable"))
-        weight_N = torch.ones(len(group_N), dtype=torch.float64)
-        for group, block in _blocks_of_one_group(group_N[order_N.numpy()]):
-            self._add(group, sides, (order_N[block], order_N[block]), weight_N[block])
+    Every byte is read once, but for pairs whose rows lie in different shards: the negative row of
+    such a pair is read a second time, with the chunk that it lies in. Sent from task to task
+    instead, such rows would fill every worker's memory where the classes of a corpus lie apart,
+    which they do if pairs differ in their first words.
 
-    def moments(self) -> GroupedMoments:
-        """Moments of all that was added."""
-        count_G1 = torch.from_numpy(self._count_G).clamp(min=1)[:, None]
-        mean_GX = self._sum_GX / count_G1
-        m2_GX = torch.addcmul(self._square_GX, mean_GX, self._sum_GX, value=-1)
-        # A column that does not vary may come out a rounding below 0.
-        m2_GX.clamp_(min=0)
-        if self._shift_X is not None:
-            mean_GX += self._shift_X
-            mean_GX[torch.from_numpy(self._count_G == 0)] = 0
-        shape = (len(self._count_G), *self._shape)
+    In memory a task has Moments (8 MiB, or those of a layer), a few layers of a shard that are read
+    ahead, and the partners of some hundred rows.
+
+    Args:
+        cache: The cache.
+        root: The store that holds it.
+        counting: What to count.
+        on_done: Called with the number of tasks done.
+
+    Returns:
+        By stream, Moments [G, L, W] and [K, L, W].
+
+    Raises:
+        Corrupt: A shard is damaged.
+    """
+    import ray
+
+    part_task = ray.remote(num_cpus=1, num_returns=2, max_retries=-1)(_count_part)
+    merge_task = ray.remote(num_cpus=1, max_retries=-1)(_merge)
+    num_moments = len(counting.counts_GA) + counting.num_pair_groups
+    num_done = 0
+
+    def on_one() -> None:
+        nonlocal num_done
+        num_done += 1
+        on_done(num_done)
+
+    counted = {}
+    for stream, layout in cache.streams.items():
+        blocks = []
+        for layers in layer_blocks(layout, num_moments):
+            where = (root.url, cache.digest, stream, layers)
+            begin = (
+                partial(part_task.remote, *where, shards, counting.cut(_rows(layout, shards)))
+                for shards in shard_groups(layout)
+            )
+            merged = ray.get(merge_tasks(begin, merge_task, on_one))
+            # A copy, as the object store is small.
+            blocks.append(copy.deepcopy(merged))
+        counted[stream] = _joined(blocks)
+    return counted
+
+
+def _rows(layout: StreamLayout, shards: Sequence[int]) -> range:
+    return range(layout.shard_rows(shards[0]).start, layout.shard_rows(shards[-1]).stop)
+
+
+def _count_part(
+    store_url: str,
+    digest: str,
+    stream: str,
+    layers: Sequence[int],
+    shards: Sequence[int],
+    counting: Counting,
+) -> tuple[Counted, None]:
+    """Count some layers of consecutive shards.
+
+    Args:
+        counting: `Counting.cut` to the shards' rows.
+
+    Returns:
+        Moments [G, L, W] and [K, L, W]; and nothing, for a driver that wants to know when.
+    """
+    # The number of threads decides the last bits of a sum.
+    torch.set_num_threads(1)
+    cache = ActivationCache.open(Location.open(store_url), digest)
+    layout = cache.layout(stream)
+    num_groups, num_pair_groups = len(counting.counts_GA), counting.num_pair_groups
+    groups = {layer: GroupSums(num_groups, (layout.width,)) for layer in layers}
+    pairs = {layer: GroupSums(num_pair_groups, (layout.width,)) for layer in layers}
+    first_row = layout.shard_rows(shards[0]).start
+    for shard, layer, values_RW in cache.scan(stream, layers, shards):
+        rows = layout.shard_rows(shard)
+        here = slice(rows.start - first_row, rows.stop - first_row)
+        groups[layer].add_rows(values_RW, counting.counts_GA[:, here])
+        partners = _partners(cache, stream, layer, rows, values_RW, counting)
+        for positive_N, negative, group_N in partners:
+            pairs[layer].add_differences((values_RW, positive_N), negative, group_N)
+    pair_moments = _stacked(pairs.values()) if num_pair_groups else None
+    return Counted(_stacked(groups.values()), pair_moments), None
+
+
+def _partners(
+    cache: ActivationCache,
+    stream: str,
+    layer: int,
+    rows: range,
+    values_RW: NDArray[Any],
+    counting: Counting,
+) -> Iterator[tuple[NDArray[np.int64], tuple[NDArray[Any], NDArray[np.int64]], NDArray[np.int64]]]:
+    """Pairs whose positive row is here.
+
+    Yields:
+        Which of these rows the positive ones are, values and which of them the negative ones are,
+        and the pairs' groups: those of the pairs that are all here, then some of the others at a
+        time.
+    """
+    positive_P, negative_P = counting.positive_P, counting.negative_P
+    mine_P = (positive_P >= rows.start) & (positive_P < rows.stop)
+    both_P = mine_P & (negative_P >= rows.start) & (negative_P < rows.stop)
+    whole = np.flatnonzero(both_P)
+    negative = (values_RW, negative_P[whole] - rows.start)
+    yield positive_P[whole] - rows.start, negative, counting.group_P[whole]
+    apart = np.flatnonzero(mine_P & ~both_P)
+    # Partners near each other are in the same chunks.
+    apart = apart[np.argsort(negative_P[apart], kind="stable")]
+    for at in range(0, len(apart), _PARTNERS_AT_A_TIME):
+        some = apart[at : at + _PARTNERS_AT_A_TIME]
+        partners_NW = cache.read_rows(stream, layer, negative_P[some].tolist())
+        negative = (partners_NW, np.arange(len(some)))
+        yield positive_P[some] - rows.start, negative, counting.group_P[some]
+
+
+def _stacked(layers: Iterable[GroupSums]) -> GroupedMoments:
+    moments = [sums.moments() for sums in layers]
+    return GroupedMoments(
+        moments[0].count_G,
+        np.stack([item.mean for item in moments], axis=1),
+        np.stack([item.m2 for item in moments], axis=1),
+    )
+
+
+def _joined(blocks: Sequence[Counted]) -> Counted:
+    """Blocks of layers, one behind the other."""
+
+    def join(parts: Sequence[GroupedMoments]) -> GroupedMoments:
         return GroupedMoments(
-            self._count_G.copy(), mean_GX.numpy().reshape(shape), m2_GX.numpy().reshape(shape)
+            parts[0].count_G,
+            np.concatenate([part.mean for part in parts], axis=1),
+            np.concatenate([part.m2 for part in parts], axis=1),
         )
 
-    def _add(
-        self,
-        group: int,
-        sides: Sequence[torch.Tensor],
-        rows: Sequence[torch.Tensor],
-        weight_N: torch.Tensor,
-    ) -> None:
-        """Add some rows of the first side to one group, less those of the second if there is one.
-
-        Args:
-            sides: [R, X].
-            rows: Int64 [N], rows of each side.
-            weight_N: Float64 [N], how often each counts.
-        """
-        assert self._shift_X is not None
-        width = self._sum_GX.shape[1]
-        num_columns = max(_BLOCK_VALUES // len(weight_N), 1)
-        for start in range(0, width, num_columns):
-            columns = slice(start, start + num_columns)
-            y_NX = sides[0][:, columns].index_select(0, rows[0]).double()
-            for side_RX, rows_N in zip(sides[1:], rows[1:], strict=True):
-                y_NX -= side_RX[:, columns].index_select(0, rows_N).double()
-            y_NX -= self._shift_X[columns]
-            self._sum_GX[group, columns].addmv_(y_NX.T, weight_N)
-            y_NX *= y_NX
-            self._square_GX[group, columns].addmv_(y_NX.T, weight_N)
+    pairs = [block.pairs for block in blocks if block.pairs is not None]
+    return Counted(join([block.groups for block in blocks]), join(pairs) if pairs else None)
 
 
-def _blocks_of_one_group(group_E: NDArray[np.int64]) -> list[tuple[int, slice]]:
-    """Cuts sorted group numbers into blocks of one group each, of at most `_BLOCK_ROWS`."""
-    edges = np.flatnonzero(np.diff(group_E)) + 1
-    return [
-        (int(group_E[start]), slice(start, min(start + _BLOCK_ROWS, stop)))
-        for first, stop in zip([0, *edges.tolist()], [*edges.tolist(), len(group_E)], strict=True)
-        for start in range(first, stop, _BLOCK_ROWS)
-    ]
-
-
-def _shift(pilots_NX: torch.Tensor) -> torch.Tensor:
-    """The mean of some rows. 0 where it is not finite: the groups of such rows come out NaN, and
-    those of the others as they are.
-    """
-    return pilots_NX.mean(dim=0).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _tensor(values_RX: NDArray[Any]) -> torch.Tensor:
-    """[R, X], bfloat16 or float32, without a copy."""
-    if not values_RX.flags.writeable:
-        # torch warns of memory that it might write to.
-        values_RX = values_RX.copy()
-    tensor = torch.from_numpy(values_RX.reshape(len(values_RX), -1))
-    return tensor.view(torch.bfloat16) if values_RX.dtype == np.uint16 else tensor
-
-
-def _check_values(values_RX: NDArray[Any], num_rows: int) -> None:
-    if values_RX.dtype not in (np.float32, np.uint16) or len(values_RX) != num_rows:
-        raise InvalidInput(
-            f"expected {num_rows} rows of float32, or of uint16 bits of bfloat16, got "
-            f"{len(values_RX)} of {values_RX.dtype}; convert them first",
-            kind="values",
-        )
+def _merge(*parts: Counted) -> Counted:
+    return reduce(Counted.merge, parts)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InvalidInput
-from pipeline.reduction.counting import Counting, GroupedMoments, count_shard
+from pipeline.reduction.counting import Counting, count_shard
+from pipeline.reduction.grouped import GroupedMoments
 from pipeline.reduction.moments import Moments
 from store.bfloat16 import from_float32, to_float32
 
