@@ -204,7 +204,9 @@ def _log_odds(run_file: Path, model_path: Path, folder: Path) -> dict[str, float
     run = load_run_file(run_file)
     root = Location.open(str(folder / "store"))
     planned = plan(run, root)
-    digest = reduction_digest(planned.cache.digest, run.reduce.method, run.reduce.parameters)
+    digest = reduction_digest(
+        planned.cache.digest, run.reduce.method, run.reduce.parameters(run.reduce.method)
+    )
     reduction = Reduction.open(root, digest)
     artifact = build_artifact(reduction, run.publish, name=run.name, model=planned.model)
     model, tokenizer = load_model(model_path, "float32"), load_tokenizer(model_path)

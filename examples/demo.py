@@ -95,7 +95,9 @@ def run(out: Path, num_workers: int, as_json: bool) -> None:
             extraction = extracting(planned, root, Pool(num_workers), lab.device, "auto", lab.ray)
             if extraction["parity_worst"] is not None:
                 parity = f"{extraction['parity_worst']:.1e} at {extraction['parity_site']}"
-            reduction = reducing(run_file, root, planned, num_workers, lab.ray)
+            reduction, *_ = reducing(
+                run_file, root, planned, str(store), num_workers, lab.device, lab.ray
+            )
             if not as_json:
                 print_reduction(reduction_summary(reduction, top=3))
             artifact = build_artifact(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import InvalidInput
 from pipeline.prompts.selection import Selection
-from pipeline.reduction.methods import Method, complete_parameters
+from pipeline.reduction.methods import DEFAULT_PARAMETERS, Method, complete_parameters
 from steering_service.core.controller import Mode, check_order
 from steering_service.core.errors import SteeringError
 from steering_service.core.intervention import Operation, Positions, StrengthUnit
@@ -116,30 +116,54 @@ class ReduceSection(_Section):
     """Which directions are computed."""
 
     method: Method = "difference_of_means"
-    """difference_of_means (CAA, HSI), pca of within-pair differences (RepE, Jailbreak Antidote) or
-    probe, a logistic regression (ITI)."""
+    """difference_of_means (CAA, HSI), paired_difference (the mean over pairs), pca of within-pair
+    differences (RepE, Jailbreak Antidote), probe, a logistic regression (ITI), or lda, the
+    difference of means whitened. Its directions are published."""
+    compare: list[Method] = []
+    """More methods, which are computed in the same passes, for the report to compare."""
+    extends: list[Path] = []
+    """Other run files, relative to this one, whose prompts count too: those of a corpus that this
+    run appends to. What was counted of them before is not counted again."""
     pair_order_seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
     """pca: which half of the pairs is turned around; 0 where it is not given."""
     l2: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] | None = None
     """probe: weight of the L2 term beside the sum of log losses, over standardised features (1/C in
     scikit-learn's terms); 1 where it is not given."""
+    max_rows: Annotated[int, Field(ge=2)] | None = None
+    """probe: most training samples, which a task holds in memory; 65536 where it is not given."""
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None
+    """lda: share of the covariance that is replaced by its mean variance; 0.1 where not given."""
 
     @model_validator(mode="after")
-    def _parameters_of_the_method(self) -> ReduceSection:
-        try:
-            complete_parameters(self.method, self._given())
-        except InvalidInput as error:
-            raise ValueError(str(error)) from error
+    def _parameters_of_the_methods(self) -> ReduceSection:
+        if len(set(self.methods)) != len(self.methods):
+            raise ValueError("a method is named twice")
+        known = {name for method in self.methods for name in DEFAULT_PARAMETERS[method]}
+        given = {name: getattr(self, name) for name in _parameter_names()}
+        for name, value in given.items():
+            if value is not None and name not in known:
+                owner = next(m for m, named in DEFAULT_PARAMETERS.items() if name in named)
+                raise ValueError(
+                    f"{name} is a parameter of the method {owner}, which is not computed; expected "
+                    f"{owner!r} as method or under compare"
+                )
         return self
 
-    def _given(self) -> dict[str, int | float]:
-        named = {"pair_order_seed": self.pair_order_seed, "l2": self.l2}
-        return {name: value for name, value in named.items() if value is not None}
-
     @property
-    def parameters(self) -> dict[str, int | float]:
-        """The method's parameters, defaults included."""
-        return complete_parameters(self.method, self._given())
+    def methods(self) -> list[Method]:
+        """All that are computed, that to publish first."""
+        return [self.method, *self.compare]
+
+    def parameters(self, method: Method) -> dict[str, int | float]:
+        """A method's parameters, defaults included."""
+        given = {name: getattr(self, name) for name in DEFAULT_PARAMETERS[method]}
+        return complete_parameters(
+            method, {name: value for name, value in given.items() if value is not None}
+        )
+
+
+def _parameter_names() -> list[str]:
+    return [name for named in DEFAULT_PARAMETERS.values() for name in named]
 
 
 class PublishSection(_Section):
@@ -157,6 +181,13 @@ class PublishSection(_Section):
     Antidote keeps 0.05)."""
     match_norm: bool = False
     """Scale what is kept to the norm of the whole direction, so that the dose stays the same."""
+    keep_by: Literal["magnitude", "t"] = "magnitude"
+    """What makes an entry large: its magnitude, or the t statistic of the classes there."""
+    keep_over: Literal["site", "all"] = "site"
+    """Keep the share of each direction, or of the entries of all sites together."""
+    norm_of: list[Path] = []
+    """Other run files, relative to this one: each direction is scaled to the mean of the norms that
+    theirs and this one's have at its site, so that one strength is one dose for all (CAA)."""
     min_strength: Annotated[float, Field(allow_inf_nan=False)] = -1.0
     max_strength: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
@@ -299,12 +330,16 @@ def load_run_file(path: Path) -> RunFile:
             kind="run_file",
         ) from error
     base = path.resolve().parent
+    norm_of = [base / file for file in run.publish.norm_of]
+    extends = [base / file for file in run.reduce.extends]
     train = run.train
     if train is not None and train.directions is not None:
         train = train.model_copy(update={"directions": base / train.directions})
     return run.model_copy(
         update={
             "train": train,
+            "reduce": run.reduce.model_copy(update={"extends": extends}),
+            "publish": run.publish.model_copy(update={"norm_of": norm_of}),
             "model": run.model.model_copy(update={"path": base / run.model.path}),
             "prompts": run.prompts.model_copy(
                 update={"files": [base / file for file in run.prompts.files]}

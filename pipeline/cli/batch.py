@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.extraction.shard_worker import Receipt
     from pipeline.prompts.plan import Plan
     from pipeline.ray_runtime import Pool
+    from pipeline.reduction.methods import Method
     from pipeline.reduction.results import Reduction
     from store.location import Location
 
@@ -140,17 +141,24 @@ def reduce(
     run_file: RunPath,
     store: StoreUrl = DEFAULT_STORE,
     workers: Workers = _CPUS,
+    device: Device = "cpu",
     ray: RayAddress = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Layers and heads to list.")] = 5,
     as_json: AsJson = False,
 ) -> None:
     """Compute a direction for every layer and head of a finished cache, and score them.
 
-    Best layers and heads are chosen on the validation split and reported on the test split.
+    Best layers and heads are chosen on the validation split and reported on the test split. Methods
+    under reduce.compare are computed in the same passes; reduce.extends takes the prompts of other
+    run files in, without counting them again. `steerage report` shows it all.
     """
     run, root, planned = planning(run_file, store)
-    reduction = reducing(run, root, planned, workers, ray)
-    summary = reduction_summary(reduction, top)
+    reductions = reducing(run, root, planned, store, workers, device, ray)
+    summary = reduction_summary(reductions[0], top)
+    summary["compared"] = {
+        reduction.method: {"reduction": reduction.digest, "path": where(reduction.location)}
+        for reduction in reductions[1:]
+    }
     if as_json:
         show(summary, True, "")
     else:
@@ -254,23 +262,50 @@ def extracting(
 
 
 def reducing(
-    run: RunFile, root: Location, planned: Plan, workers: int, ray: str | None
-) -> Reduction:
-    """Reduce with a progress bar."""
-    from pipeline.reduction.reduce import reduce as run_reduction
+    run: RunFile,
+    root: Location,
+    planned: Plan,
+    store: str,
+    workers: int,
+    device: str,
+    ray: str | None,
+) -> list[Reduction]:
+    """Reduce by all methods of a run file, that to publish first, with a progress bar."""
+    from pipeline.ray_runtime import check_device
+    from pipeline.reduction.reduce import reduce_all
 
+    check_device(device, ray)
+    extends = [planning(file, store)[2].cache for file in run.reduce.extends]
     with progress("reduce", None) as (bar, task):
-        return run_reduction(
+        return reduce_all(
             planned.cache,
             root,
-            method=run.reduce.method,
-            parameters=run.reduce.parameters,
+            [(method, run.reduce.parameters(method)) for method in run.reduce.methods],
+            extends=extends,
             num_workers=workers,
             address=ray,
+            device=device,
             on_progress=lambda done, total: bar.update(
                 task, completed=done, total=total, note="tasks"
             ),
         )
+
+
+def reduction_of(
+    run: RunFile, planned: Plan, store: str, method: Method | None = None
+) -> Reduction:
+    """The stored reduction of a run file, by the method that it publishes or another.
+
+    Raises:
+        NotFound: `steerage reduce` has not been run.
+    """
+    from pipeline.reduction.results import Reduction, reduction_digest
+    from store.location import Location
+
+    method = method or run.reduce.method
+    extends = [planning(file, store)[2].cache.digest for file in run.reduce.extends]
+    digest = reduction_digest(planned.cache.digest, method, run.reduce.parameters(method), extends)
+    return Reduction.open(Location.open(store), digest)
 
 
 def reduction_summary(reduction: Reduction, top: int) -> dict[str, Any]:
@@ -284,15 +319,20 @@ def reduction_summary(reduction: Reduction, top: int) -> dict[str, Any]:
         "parameters": dict(reduction.parameters),
         "rows": dict(reduction.counts),
         "left_out": reduction.left_out,
+        "extends": list(reduction.extends),
         "path": where(reduction.location),
         "signs_in_doubt": list(reduction.signs_in_doubt),
     }
     for name, heads in (("best_layers", False), ("best_heads", True)):
         try:
-            summary[name] = reduction.ranked(heads=heads)[:top]
+            ranked = reduction.ranked(heads=heads)[:top]
         except InvalidInput:
             # A capture of one stream has either layers or heads.
-            summary[name] = []
+            ranked = []
+        summary[name] = [
+            {column: value for column, value in row.items() if "histogram" not in column}
+            for row in ranked
+        ]
     return summary
 
 
@@ -311,6 +351,7 @@ def print_reduction(summary: dict[str, Any]) -> None:
         columns = [
             ("AUROC\nval.", "auroc_validation", ".3f"),
             ("AUROC\ntest", "auroc_test", ".3f"),
+            ("q\ntest", "q_test", ".1g"),
             ("acc.\ntest", "accuracy_test", ".3f"),
             ("pairs\ntest", "pair_accuracy_test", ".3f"),
             ("d\ntest", "cohens_d_test", ".3f"),
@@ -319,8 +360,9 @@ def print_reduction(summary: dict[str, Any]) -> None:
         for heading, _, _ in columns:
             table.add_column(heading, justify="right")
         for row in summary[key]:
-            # A reduction from before there was a pair accuracy has none.
-            values = [(row.get(name, math.nan), form) for _, name, form in columns]
+            # A q below this is as good as 0, and a longer text would cut off what is beside it.
+            row = row | {"q_test": max(row["q_test"], 1e-9)}
+            values = [(row[name], form) for _, name, form in columns]
             table.add_row(
                 row["site"],
                 *("–" if math.isnan(value) else f"{value:{form}}" for value, form in values),

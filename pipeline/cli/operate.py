@@ -69,11 +69,10 @@ def publish(
     Which sites, how they are applied and the strength limits are set under [publish] in the run
     file. Publishing the same again changes nothing.
     """
-    from pipeline.cli.batch import planning
+    from pipeline.cli.batch import planning, reduction_of
     from pipeline.cli.train import directions_of
     from pipeline.control.results import TrainedController, trained_digest
     from pipeline.reduction.artifacts import build_artifact
-    from pipeline.reduction.results import Reduction, reduction_digest
 
     run, root, planned = planning(run_file, store)
     capture = planned.cache.digest
@@ -82,9 +81,14 @@ def publish(
         trained = TrainedController.open(root, trained_digest(capture, directions, run.train))
         artifact = trained.artifact(run.publish, name=run.name, model=planned.model)
     else:
-        digest = reduction_digest(capture, run.reduce.method, run.reduce.parameters)
+        reduction = reduction_of(run, planned, store)
+        others = [planning(file, store) for file in run.publish.norm_of]
         artifact = build_artifact(
-            Reduction.open(root, digest), run.publish, name=run.name, model=planned.model
+            reduction,
+            run.publish,
+            name=run.name,
+            model=planned.model,
+            behaviours=[reduction_of(other, plan, store) for other, _, plan in others],
         )
     publishing(artifact, key, store=store if direct else None, address=address)
     show(artifact_summary(artifact), as_json, "Published")

@@ -111,12 +111,9 @@ def controller_section(run: RunFile, run_file: Path) -> Any:
 
 def directions_of(run: RunFile, planned: Plan, store: str) -> Reduction:
     """The reduction that a controller steers along: its own run's, or train.directions'."""
-    from pipeline.cli.batch import planning
-    from pipeline.reduction.results import Reduction, reduction_digest
-    from store.location import Location
+    from pipeline.cli.batch import planning, reduction_of
 
     assert run.train is not None
     if run.train.directions is not None:
         run, _, planned = planning(run.train.directions, store)
-    digest = reduction_digest(planned.cache.digest, run.reduce.method, run.reduce.parameters)
-    return Reduction.open(Location.open(store), digest)
+    return reduction_of(run, planned, store)

@@ -4,57 +4,21 @@ arXiv 2310.01405 and 2410.02298; METHODS 3. Differences are recentred, so the or
 to vary: in a fixed order all differences hold the same mean, recentring takes it away, and what is
 left is the nuisance. `pairs.pair_order` turns half of the pairs around.
 
-Shapes: P pairs, N differences, R rows, L layers, W width of a stream, H heads, D width of a site,
-S sites.
+Shapes: P pairs, Q of them, N differences, R rows, W width of a stream, D width of a site, S sites.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from pipeline.reduction.directions import split_heads
 from pipeline.reduction.moments import CrossMoments
-from store.activations import ActivationCache
-from store.bfloat16 import to_float32
-from store.layout import StreamLayout
 
-_PAIRS_PER_BLOCK: Final = 4096
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OrderedPairs:
-    """Pairs of rows, and the order within each.
-
-    Attributes:
-        positive_P: Int64 [P], rows of the cache.
-        negative_P: Int64 [P], their partners.
-        signs_P: Float64 [P], see `pairs.pair_order`.
-    """
-
-    positive_P: NDArray[np.int64]
-    negative_P: NDArray[np.int64]
-    signs_P: NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerPart:
-    """What some shards say about one layer.
-
-    Attributes:
-        moments: Of the ordered differences of the pairs that lie within these shards.
-        unmatched: Activations, float32 [W], of the rows of which a partner lies elsewhere, by row.
-        shards: Which shards, without a gap.
-    """
-
-    moments: CrossMoments
-    unmatched: dict[int, NDArray[np.float32]]
-    shards: range
+_PAIRS_PER_BLOCK: Final = 512
 
 
 def pca_of_pairs(differences_ND: NDArray[Any], signs_N: NDArray[Any]) -> NDArray[np.float64]:
@@ -107,99 +71,75 @@ def sign_by_pairs(
     return np.where(larger_S >= smaller_S, 1, -1).astype(np.float32)
 
 
-def layer_part(
-    cache: ActivationCache, stream: str, layer: int, shards: Sequence[int], pairs: OrderedPairs
-) -> LayerPart:
-    """Read one layer of some shards, once.
+class PairStream:
+    """Differences within pairs of array rows, from shards that come one after the other.
 
-    In memory are one shard's layer, [H, D, D] matrices, and rows of which a partner has not come
-    yet.
+    A row whose partner lies in a later shard is held until that comes, so what is in memory beside
+    a shard is the rows of the pairs that a cut between shards divides.
 
     Args:
-        cache: The cache.
-        stream: Name of the stream.
-        layer: Model layer.
-        shards: Consecutive shards.
-        pairs: Pairs of array rows. Several may share a row, also both sides of one.
+        positive_P: Int64 [P], array rows.
+        negative_P: Int64 [P], their partners. Several pairs may share a row, also both sides of
+            one.
     """
-    layout = cache.streams[stream]
-    num_heads = layout.num_heads or 1
-    moments = CrossMoments.empty(num_heads, layout.width // num_heads)
-    wanted, uses = np.unique(
-        np.concatenate([pairs.positive_P, pairs.negative_P]), return_counts=True
-    )
-    uses_left = dict(zip(wanted.tolist(), uses.tolist(), strict=True))
-    last_P = np.maximum(pairs.positive_P, pairs.negative_P)
-    held: dict[int, NDArray[np.float32]] = {}
-    for shard in shards:
-        rows = layout.shard_rows(shard)
-        values_RW = to_float32(cache.read_layer(stream, layer, shard))
-        here = wanted[np.searchsorted(wanted, rows.start) : np.searchsorted(wanted, rows.stop)]
-        held.update((int(row), values_RW[row - rows.start]) for row in here)
-        closed = np.flatnonzero((last_P >= rows.start) & (last_P < rows.stop))
-        for block in _blocks(held, uses_left, pairs, closed, layout):
-            moments = moments.merge(block)
-        for row in here:
-            if int(row) in held:
-                # A view would keep the whole shard in memory.
-                held[int(row)] = held[int(row)].copy()
-    return LayerPart(moments, held, range(shards[0], shards[-1] + 1))
 
+    def __init__(self, positive_P: NDArray[np.int64], negative_P: NDArray[np.int64]) -> None:
+        self._positive_P, self._negative_P = positive_P, negative_P
+        self._first_P = np.minimum(positive_P, negative_P)
+        self._last_P = np.maximum(positive_P, negative_P)
+        self._by_first = np.argsort(self._first_P, kind="stable")
+        self._by_last = np.argsort(self._last_P, kind="stable")
+        self._sorted_first_P = self._first_P[self._by_first]
+        self._sorted_last_P = self._last_P[self._by_last]
+        self._held: dict[int, NDArray[np.float32]] = {}
+        self._uses_left: dict[int, int] = {}
 
-def layer_component(
-    parts: Sequence[LayerPart], pairs: OrderedPairs, layout: StreamLayout
-) -> NDArray[np.float32]:
-    """Directions of one layer's sites from parts that cover all shards.
+    def feed(
+        self, rows: range, values_RW: NDArray[np.float32]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Take a shard's rows.
 
-    Args:
-        parts: In the order of the shards, so that the result has the same bits in every run.
+        Args:
+            rows: Array rows, behind those of the call before.
+            values_RW: Float32 [R, W].
 
-    Returns:
-        Float32 [W], of norm 1 in each head.
-    """
-    moments = parts[0].moments
-    held = dict(parts[0].unmatched)
-    for part in parts[1:]:
-        moments = moments.merge(part.moments)
-        held.update(part.unmatched)
-    # Those within one part are in its moments, though others may share their rows.
-    first_rows = [part.shards.start * layout.rows_per_shard for part in parts]
-    part_of_positive_P = np.searchsorted(first_rows, pairs.positive_P, side="right")
-    part_of_negative_P = np.searchsorted(first_rows, pairs.negative_P, side="right")
-    apart = np.flatnonzero(part_of_positive_P != part_of_negative_P)
-    rows, uses = np.unique(
-        np.concatenate([pairs.positive_P[apart], pairs.negative_P[apart]]), return_counts=True
-    )
-    uses_left = dict(zip(rows.tolist(), uses.tolist(), strict=True))
-    for block in _blocks(held, uses_left, pairs, apart, layout):
-        moments = moments.merge(block)
-    return np.concatenate([first_component(m2_DD) for m2_DD in moments.m2_HDD]).astype(np.float32)
+        Yields:
+            Pair numbers Int64 [Q] and differences, positive minus negative, Float64 [Q, W], of
+            some of the pairs whose last row is here.
+        """
+        ends = [rows.start, rows.stop]
+        closing = self._by_last[slice(*np.searchsorted(self._sorted_last_P, ends))]
+        closing = np.sort(closing)
+        for at in range(0, len(closing), _PAIRS_PER_BLOCK):
+            block = closing[at : at + _PAIRS_PER_BLOCK]
+            sides = [self._take(side_P[block], rows, values_RW) for side_P in self._sides]
+            yield block, sides[0].astype(np.float64) - sides[1]
+        opening = self._by_first[slice(*np.searchsorted(self._sorted_first_P, ends))]
+        opening = opening[self._last_P[opening] >= rows.stop]
+        for row, uses in zip(*np.unique(self._first_P[opening], return_counts=True), strict=True):
+            # A view would keep the whole shard in memory.
+            self._held[int(row)] = values_RW[row - rows.start].copy()
+            self._uses_left[int(row)] = int(uses)
 
+    @property
+    def num_held(self) -> int:
+        """Rows that wait for a partner."""
+        return len(self._held)
 
-def _blocks(
-    held: dict[int, NDArray[np.float32]],
-    uses_left: dict[int, int],
-    pairs: OrderedPairs,
-    candidates: NDArray[np.int64],
-    layout: StreamLayout,
-) -> Iterator[CrossMoments]:
-    """Moments of the pairs of which both rows are held, in pair order, taking out the rows that no
-    other pair waits for.
-    """
-    ready = [
-        pair
-        for pair in candidates
-        if int(pairs.positive_P[pair]) in held and int(pairs.negative_P[pair]) in held
-    ]
+    @property
+    def _sides(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return self._positive_P, self._negative_P
 
-    def use(row: int) -> NDArray[np.float32]:
-        uses_left[row] -= 1
-        return held[row] if uses_left[row] else held.pop(row)
-
-    for first in range(0, len(ready), _PAIRS_PER_BLOCK):
-        block = ready[first : first + _PAIRS_PER_BLOCK]
-        positive_PW = np.stack([use(int(row)) for row in pairs.positive_P[block]])
-        negative_PW = np.stack([use(int(row)) for row in pairs.negative_P[block]])
-        ordered_PW = positive_PW.astype(np.float64) - negative_PW
-        ordered_PW *= pairs.signs_P[block][:, None]
-        yield CrossMoments.of(split_heads(ordered_PW, layout))
+    def _take(
+        self, wanted_Q: NDArray[np.int64], rows: range, values_RW: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        here_Q = wanted_Q >= rows.start
+        taken_QW = np.empty((len(wanted_Q), values_RW.shape[1]), np.float32)
+        taken_QW[here_Q] = values_RW[wanted_Q[here_Q] - rows.start]
+        for at in np.flatnonzero(~here_Q):
+            row = int(wanted_Q[at])
+            taken_QW[at] = self._held[row]
+            self._uses_left[row] -= 1
+            if not self._uses_left[row]:
+                del self._held[row], self._uses_left[row]
+        return taken_QW

@@ -7,14 +7,22 @@ from typing import Final, Literal
 
 from pipeline.errors import InvalidInput
 
-Method = Literal["difference_of_means", "pca", "probe"]
+Method = Literal["difference_of_means", "paired_difference", "pca", "probe", "lda"]
 
 DEFAULT_PARAMETERS: Final[Mapping[Method, Mapping[str, int | float]]] = {
     "difference_of_means": {},
+    "paired_difference": {},
     "pca": {"pair_order_seed": 0},
-    "probe": {"l2": 1.0},
+    "probe": {"l2": 1.0, "max_rows": 65536},
+    "lda": {"shrinkage": 0.1},
 }
 """Every parameter that changes a method's result. `reduction_digest` has them in it."""
+
+OF_MOMENTS: Final[tuple[Method, ...]] = ("difference_of_means", "paired_difference")
+"""Methods that Moments are enough for; the others read rows."""
+
+OF_PAIRS: Final[tuple[Method, ...]] = ("paired_difference", "pca")
+"""Methods that compare the sides of pairs, so that every training sample needs a partner."""
 
 
 def complete_parameters(

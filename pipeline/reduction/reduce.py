@@ -1,45 +1,49 @@
 """Reduce: a finished cache becomes a direction and scores for every layer and every head.
 
-Two passes of Ray tasks over the cache. The first fits directions on the training rows; the second
-projects every row on them, which is what sigma and the held-out scores need. Activations do not
-leave a task, but for pairs that lie in different shards.
+At most three passes of Ray tasks over the rows, however many methods are asked for: Moments of the
+training rows, kept in the store; fits of the methods that need rows, a layer a task; and scores, a
+layer a task. Activations do not leave a task, but for pairs that lie in different shards.
 
-Shapes: N samples, P pairs, L layers, W width, H heads, D width of a site, S sites.
+Shapes: N samples, L layers, W width, H heads, S sites.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import InvalidInput, NotFound
+from pipeline.errors import InvalidInput
 from pipeline.ray_runtime import ray_session
-from pipeline.reduction.components import OrderedPairs, sign_by_pairs
-from pipeline.reduction.directions import site_names, split_heads
+from pipeline.reduction.directions import scaled_to, site_names, split_heads
 from pipeline.reduction.fits import (
     Fit,
-    TrainingCounts,
-    fit_all_probes,
-    fit_components,
-    fit_means,
-    num_tasks,
+    Vectors,
+    fit_layers,
+    fit_moments,
+    num_layer_tasks,
+    shuffled_difference,
 )
-from pipeline.reduction.methods import complete_parameters
-from pipeline.reduction.pairs import Pairs, check_pairs, find_pairs, pair_order
-from pipeline.reduction.passes import shard_groups
-from pipeline.reduction.projections import Projections, project
+from pipeline.reduction.held_out import Columns
+from pipeline.reduction.methods import OF_MOMENTS, OF_PAIRS, complete_parameters
+from pipeline.reduction.moment_store import num_count_tasks, training_moments
+from pipeline.reduction.pairs import check_pairs
 from pipeline.reduction.results import Reduction, reduction_digest
-from pipeline.reduction.samples import read_samples
-from pipeline.reduction.scores import accuracy, auroc, cohens_d, pair_accuracy
+from pipeline.reduction.scores import benjamini_hochberg, site_cosines
+from pipeline.reduction.scoring import Scored, not_finite, score
+from pipeline.reduction.sources import SPLITS, Source, TrainingRows, check_alike
 from store.activations import ActivationCache
+from store.layout import StreamLayout
 from store.location import Location
 
 log = logging.getLogger(__name__)
+
+Requests = Sequence[tuple[str, Mapping[str, int | float]]]
+"""Methods and their parameters; those that are not given have their defaults."""
 
 
 def reduce(
@@ -48,10 +52,23 @@ def reduce(
     *,
     method: str,
     parameters: Mapping[str, int | float] | None = None,
-    num_workers: int,
-    address: str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
 ) -> Reduction:
+    """`reduce_all` of one method."""
+    return reduce_all(cache, root, [(method, parameters or {})], **options)[0]
+
+
+def reduce_all(
+    cache: ActivationCache,
+    root: Location,
+    methods: Requests,
+    *,
+    num_workers: int,
+    extends: Sequence[ActivationCache] = (),
+    address: str | None = None,
+    device: str = "cpu",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Reduction]:
     """Compute directions and scores of a complete cache, or find those computed before.
 
     Directions and sigma come from the rows of split ``train``; ``validation`` is there to choose
@@ -65,188 +82,210 @@ def reduce(
     The methods:
 
     - ``difference_of_means`` keeps its length (CAA, HSI; METHODS 1 and 5).
+    - ``paired_difference``: the mean of within-pair differences, as CAA takes it; it keeps its
+      length, and is the difference of means where each row is in one pair.
     - ``pca``: the first principal component of within-pair differences, pair order shuffled, norm 1
       (RepE, Jailbreak Antidote; METHODS 3). + is the class whose row is the larger in more of the
       training pairs. Where the class means say otherwise, a few pairs outweigh the many: that
       majority stands, the site is among `Reduction.signs_in_doubt`, and `build_artifact` refuses
       it, so that + is never published as the class that it is not.
-    - ``probe``: the weights of a logistic probe in activation space, norm 1 (ITI; METHODS 5).
-      Accuracies are those of the probe, at logit 0; those of the other methods are at the midpoint
-      of the training classes' means.
+    - ``probe``: the weights of a logistic probe in activation space, norm 1 (ITI; METHODS 5), of at
+      most ``max_rows`` training samples, drawn as whole pairs. Accuracies are those of the probe,
+      at logit 0; those of the other methods are at the midpoint of the training classes' means.
+    - ``lda``: the difference of means whitened by the pooled covariance within the classes, norm 1.
+
+    Every method is scored beside a random direction and one of shuffled labels.
 
     Args:
-        root: The store that holds the cache and takes the result.
-        method: One of the above.
-        parameters: The method's, see `methods.DEFAULT_PARAMETERS`.
+        root: The store that holds the cache and takes the results.
+        methods: Names, and parameters as `methods.DEFAULT_PARAMETERS` has them.
         num_workers: Most Ray tasks at a time on a local Ray.
+        extends: Caches of other prompts whose rows count too, as when a corpus was appended to.
+            Their Moments are read from the store where they were counted before.
         address: A Ray cluster, or None for a local Ray.
+        device: ``cuda``: matrices and probes are computed on GPUs, one a task.
         on_progress: Called with tasks done and in all.
 
+    Returns:
+        In the order of the methods.
+
     Raises:
-        NotFound: The cache is not complete.
-        InvalidInput: An unknown method or parameter; a class has no training row; for ``pca``, a
-            training row has no partner; for ``probe``, a site does not converge.
+        NotFound: A cache is not complete.
+        InvalidInput: An unknown method or parameter; a class has no training row; for ``pca`` and
+            ``paired_difference``, a training row has no partner; for ``probe``, a site does not
+            converge; or the caches differ in more than their prompts.
     """
-    parameters = complete_parameters(method, parameters)
-    digest = reduction_digest(cache.digest, method, parameters)
-    if Reduction.exists(root, digest):
-        return Reduction.open(root, digest)
-    if not cache.is_complete:
-        raise NotFound(
-            f"cache {cache.digest[:12]} lacks {len(cache.missing())} of {cache.num_shards} shards; "
-            "run `steerage extract` on the same run file first",
-            kind="cache_incomplete",
-        )
-    samples = read_samples(cache)
-    index, label_N, split_N = samples.index, samples.label_N, samples.split_N
-    train_N = split_N == "train"
-    for name, num in (
-        ("positive", (train_N & label_N).sum()),
-        ("negative", (train_N & ~label_N).sum()),
-    ):
-        if num == 0:
+    wanted = {name: complete_parameters(name, parameters) for name, parameters in methods}
+    others = [other.digest for other in extends]
+    digests = {
+        name: reduction_digest(cache.digest, name, parameters, others)
+        for name, parameters in wanted.items()
+    }
+    missing = {n: wanted[n] for n, digest in digests.items() if not Reduction.exists(root, digest)}
+    if missing:
+        sources = [Source.open(root, one) for one in (cache, *extends)]
+        streams = check_alike(sources)
+        _check_rows(sources, list(missing))
+        with ray_session(address, num_workers):
+            _compute(root, sources, streams, missing, device, on_progress)
+    return [Reduction.open(root, digest) for digest in digests.values()]
+
+
+def _check_rows(sources: Sequence[Source], methods: Sequence[str]) -> None:
+    where = sources[0].where
+    for name, label in (("positive", True), ("negative", False)):
+        if not any((s.chosen("train") & (s.samples.label_N == label)).any() for s in sources):
             raise InvalidInput(
-                f"cache {cache.digest[:12]}: no {name} row in the training split; "
+                f"{where}: no {name} row in the training split; "
                 "check the labels and the split shares of the run file",
                 kind="class_empty",
             )
-    pairs = find_pairs(index, train_N)
-    if method == "pca":
-        check_pairs(pairs, index, method=method, where=f"cache {cache.digest[:12]}")
-    counts = TrainingCounts(samples.counts(train_N & label_N), samples.counts(train_N & ~label_N))
-    num_fits = num_tasks(cache, method)
-    total = num_fits + len(shard_groups(cache.num_shards))
-    with ray_session(address, num_workers):
-
-        def on_fit(done: int) -> None:
-            on_progress(done, total)
-
-        match method:
-            case "pca":
-                signs_P = pair_order(pairs.names, int(parameters["pair_order_seed"]))
-                ordered = OrderedPairs(
-                    samples.row_N[pairs.positive_P], samples.row_N[pairs.negative_P], signs_P
+    for method in methods:
+        if method in OF_PAIRS:
+            for source in sources:
+                check_pairs(
+                    source.pairs("train"), source.samples.index, method=method, where=source.where
                 )
-                fit = fit_components(cache, root, ordered, on_fit)
-            case "probe":
-                fit = fit_all_probes(
-                    cache, root, counts, l2=float(parameters["l2"]), on_done=on_fit
-                )
-            case _:
-                fit = fit_means(cache, root, counts, on_fit)
-        _check_finite(cache, fit)
-        projections = project(
-            cache, root, fit.directions_LW, lambda done: on_progress(num_fits + done, total)
-        ).of(samples)
-        if not np.isfinite(projections.norms_NS).all():
-            # Of validation or test: they would count as answers of one class.
-            raise _not_finite(cache, "a row's projection")
-    in_doubt: list[str] = []
-    if method == "pca":
-        fit, projections, in_doubt = _oriented(cache, fit, projections, pairs)
-    return Reduction.write(
+
+
+def _compute(
+    root: Location,
+    sources: Sequence[Source],
+    streams: Mapping[str, StreamLayout],
+    methods: Mapping[str, Mapping[str, int | float]],
+    device: str,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Compute and store the reductions of some methods; Ray runs."""
+    counting = [num_count_tasks(root, source.cache) for source in sources]
+    num_fits = num_layer_tasks(streams, list(methods))
+    total = sum(counting) + num_fits + sum(len(layout.layers) for layout in streams.values())
+    done_before = 0
+
+    def on_done(done: int) -> None:
+        on_progress(done_before + done, total)
+
+    parts = []
+    for source, num in zip(sources, counting, strict=True):
+        parts.append(
+            training_moments(
+                source.cache, root, source.samples, source.pairs("train"), on_done=on_done
+            )
+        )
+        done_before += num
+    moments = parts[0]
+    for part in parts[1:]:
+        moments = moments.merge(part)
+    fits: dict[str, Fit] = {
+        name: fit_moments(moments, list(streams), name) for name in methods if name in OF_MOMENTS
+    }
+    reading = {name: parameters for name, parameters in methods.items() if name not in OF_MOMENTS}
+    if reading:
+        rows = [
+            TrainingRows.of(
+                source,
+                pair_order_seed=int(methods.get("pca", {}).get("pair_order_seed", 0)),
+                max_rows=int(methods.get("probe", {}).get("max_rows", 0)),
+            )
+            for source in sources
+        ]
+        fits |= fit_layers(root, streams, rows, reading, device=device, on_done=on_done)
+    done_before += num_fits
+    for fit in fits.values():
+        _check_finite(fit, streams)
+    shuffled_LW = shuffled_difference(moments, list(streams))
+    scored = score(root, streams, sources, fits, shuffled_LW, on_done=on_done)
+    for name, fit in fits.items():
+        _write(root, sources, streams, name, methods[name], fit, scored[name], shuffled_LW)
+
+
+def _write(
+    root: Location,
+    sources: Sequence[Source],
+    streams: Mapping[str, StreamLayout],
+    method: str,
+    parameters: Mapping[str, int | float],
+    fit: Fit,
+    scored: Scored,
+    shuffled_LW: Vectors,
+) -> None:
+    directions_LW = {
+        stream: _turned(fit.directions_LW[stream], scored.sign_LH[stream], layout)
+        for stream, layout in streams.items()
+    }
+    names = [str(site) for site in site_names(streams)]
+    doubtful = np.concatenate([scored.in_doubt_LH[stream].reshape(-1) for stream in streams])
+    in_doubt = [names[site] for site in np.flatnonzero(doubtful)]
+    if in_doubt:
+        log.warning("pca signs in doubt", extra={"sites": in_doubt, "num_sites": len(names)})
+    Reduction.write(
         root,
-        cache=cache,
+        cache=sources[0].cache,
         method=method,
         parameters=parameters,
-        directions_LW=fit.directions_LW,
-        scores=_score_table(cache, fit, projections, index, label_N, split_N),
+        directions_LW=directions_LW,
+        shuffled_LW={
+            stream: scaled_to(shuffled_LW[stream], directions_LW[stream], layout)
+            for stream, layout in streams.items()
+        },
+        scores=_score_table(streams, method, fit, scored, directions_LW),
         counts={
-            f"{split}_{name}": int(((split_N == split) & (label_N == label)).sum())
-            for split in ("train", "validation", "test")
+            f"{split}_{name}": sum(
+                int((source.chosen(split) & (source.samples.label_N == label)).sum())
+                for source in sources
+            )
+            for split in SPLITS
             for name, label in (("positive", True), ("negative", False))
         },
         signs_in_doubt=in_doubt,
-        left_out=samples.left_out,
+        left_out=sum(source.samples.left_out for source in sources),
+        extends=[source.cache.digest for source in sources[1:]],
+        rows_from={
+            source.cache.digest: source.rows.digest
+            for source in sources
+            if source.rows is not source.cache
+        },
     )
 
 
-def _check_finite(cache: ActivationCache, fit: Fit) -> None:
+def _check_finite(fit: Fit, streams: Mapping[str, StreamLayout]) -> None:
     for stream, vectors_LW in fit.directions_LW.items():
         finite_L = np.isfinite(vectors_LW).all(axis=1)
         if not finite_L.all():
-            layer = cache.streams[stream].layers[int(np.argmin(finite_L))]
-            raise _not_finite(cache, f"the direction at {stream}.{layer}")
+            raise not_finite(
+                f"the direction at {stream}.{streams[stream].layers[int(np.argmin(finite_L))]}"
+            )
 
 
-def _not_finite(cache: ActivationCache, what: str) -> InvalidInput:
-    return InvalidInput(
-        f"cache {cache.digest[:12]}: {what} is not finite, so rows that are not in quarantine hold "
-        "NaN or infinity; run `steerage verify`, which finds a quarantine that was lost",
-        kind="not_finite",
-    )
-
-
-def _oriented(
-    cache: ActivationCache,
-    fit: Fit,
-    projections: Projections,
-    pairs: Pairs,
-) -> tuple[Fit, Projections, list[str]]:
-    """Turn directions and projections so that + is the positive class of most training pairs.
-
-    An eigenvector has no sign of its own. Reading it from the projections saves a pass over the
-    cache.
-
-    Returns:
-        Both, and the sites at which the means of these pairs' rows say the opposite.
-    """
-    values_NS = projections.values_NS
-    positive_PS, negative_PS = values_NS[pairs.positive_P], values_NS[pairs.negative_P]
-    sign_S = sign_by_pairs(positive_PS, negative_PS)
-    gap_S = sign_S * (positive_PS.astype(np.float64) - negative_PS).mean(axis=0)
-    names = [str(site) for site in site_names(cache.streams)]
-    in_doubt = [names[site] for site in np.flatnonzero(gap_S < 0)]
-    if in_doubt:
-        log.warning("pca signs in doubt", extra={"sites": in_doubt, "num_sites": len(names)})
-    oriented: dict[str, NDArray[np.float32]] = {}
-    rest_S = sign_S
-    for stream, layout in cache.streams.items():
-        heads_LHD = split_heads(fit.directions_LW[stream], layout)
-        num_sites = heads_LHD.shape[0] * heads_LHD.shape[1]
-        sign_LH1 = rest_S[:num_sites].reshape(*heads_LHD.shape[:2], 1)
-        rest_S = rest_S[num_sites:]
-        oriented[stream] = (heads_LHD * sign_LH1).reshape(fit.directions_LW[stream].shape)
-    turned = Projections(values_NS * sign_S, projections.norms_NS)
-    return Fit(oriented, fit.threshold_S), turned, in_doubt
+def _turned(
+    vectors_LW: NDArray[np.float32], sign_LH: NDArray[np.float32], layout: StreamLayout
+) -> NDArray[np.float32]:
+    return (split_heads(vectors_LW, layout) * sign_LH[:, :, None]).reshape(vectors_LW.shape)
 
 
 def _score_table(
-    cache: ActivationCache,
+    streams: Mapping[str, StreamLayout],
+    method: str,
     fit: Fit,
-    projections: Projections,
-    index: pa.Table,
-    label_N: NDArray[np.bool_],
-    split_N: NDArray[Any],
+    scored: Scored,
+    directions_LW: Vectors,
 ) -> pa.Table:
-    """One row a site: norms and sigma of the training rows, scores of the others."""
-    values_NS, norms_NS = projections.values_NS, projections.norms_NS
-    train_N = split_N == "train"
-    threshold_S = fit.threshold_S
-    if threshold_S is None:
-        threshold_S = (
-            values_NS[train_N & label_N].mean(axis=0, dtype=np.float64)
-            + values_NS[train_N & ~label_N].mean(axis=0, dtype=np.float64)
-        ) / 2
-    columns: dict[str, Any] = {
-        "site": [str(site) for site in site_names(cache.streams)],
-        "norm": np.concatenate(
-            [
-                np.linalg.norm(split_heads(fit.directions_LW[stream], layout), axis=-1).reshape(-1)
-                for stream, layout in cache.streams.items()
-            ]
-        ).astype(np.float64),
-        "sigma": values_NS[train_N].std(axis=0, dtype=np.float64),
-        "activation_norm": norms_NS[train_N].mean(axis=0, dtype=np.float64),
-    }
-    for split in ("validation", "test"):
-        chosen_N = split_N == split
-        held_NS, held_label_N = values_NS[chosen_N], label_N[chosen_N]
-        pairs = find_pairs(index, chosen_N)
-        columns[f"auroc_{split}"] = auroc(held_NS, held_label_N)
-        columns[f"accuracy_{split}"] = accuracy(held_NS, held_label_N, threshold_S)
-        columns[f"cohens_d_{split}"] = cohens_d(held_NS, held_label_N)
-        columns[f"pair_accuracy_{split}"] = pair_accuracy(
-            values_NS[pairs.positive_P], values_NS[pairs.negative_P]
+    """One row a site; see `Reduction.scores`."""
+    tables = []
+    names = [str(site) for site in site_names(streams)]
+    for stream, layout in streams.items():
+        heads_LHD = split_heads(directions_LW[stream], layout)
+        # Components of the halves have no sign.
+        first, second = fit.halves_LW
+        cosines = site_cosines(first[stream], second[stream], layout)
+        columns: Columns = {
+            "norm": np.linalg.norm(heads_LHD, axis=-1).reshape(-1).astype(np.float64),
+            **scored.columns[stream],
+            "q_test": benjamini_hochberg(scored.columns[stream]["p_test"]),
+            "split_half_cosine": np.abs(cosines) if method == "pca" else cosines,
+        }
+        here, names = names[: len(columns["norm"])], names[len(columns["norm"]) :]
+        tables.append(
+            pa.table({"site": here} | {name: list(values) for name, values in columns.items()})
         )
-    return pa.table(columns)
+    return pa.concat_tables(tables)

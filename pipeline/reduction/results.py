@@ -1,6 +1,6 @@
 """Reduction: the stored result of `reduce`: directions, scores and where they came from.
 
-reductions/<digest>/directions.safetensors   one float32 [L, W] tensor a stream
+reductions/<digest>/directions.safetensors   one float32 [L, W] tensor a stream, and a control's
 reductions/<digest>/scores.parquet           one row a site
 reductions/<digest>/reduction.json           written last: its existence is the commit
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from pipeline.errors import InvalidInput, NotFound
+from pipeline.reduction.directions import random_direction
 from pipeline.reduction.methods import complete_parameters
 from steering_service.core.direction import Direction
 from steering_service.core.site import Site
@@ -27,13 +28,19 @@ from store.activations import ActivationCache
 from store.digest import canonical_json, sha256_hex
 from store.location import Location
 
-REDUCTION_SCHEMA: Final = 1
+REDUCTION_SCHEMA: Final = 2
+
+_SHUFFLED: Final = "shuffled."
+_NOT_SCORES: Final = ("norm", "sigma", "activation_norm")
 
 RankBy = Literal["auroc", "accuracy", "pair_accuracy"]
 
 
 def reduction_digest(
-    capture: str, method: str, parameters: Mapping[str, int | float] | None = None
+    capture: str,
+    method: str,
+    parameters: Mapping[str, int | float] | None = None,
+    extends: Sequence[str] = (),
 ) -> str:
     """The name of a reduction: what it is computed from, and how.
 
@@ -42,19 +49,21 @@ def reduction_digest(
         method: See `methods.Method`.
         parameters: The method's; those that are not given have their defaults. They are part of the
             name, defaults as well, so that a default may change.
+        extends: Digests of other captures whose rows count too.
 
     Raises:
         InvalidInput: Unknown method or parameter.
     """
     request = {"schema_version": REDUCTION_SCHEMA, "capture": capture, "method": method}
-    return sha256_hex(
-        canonical_json(request | _parameter_field(complete_parameters(method, parameters)))
-    )
+    parameters = complete_parameters(method, parameters)
+    return sha256_hex(canonical_json(request | _optional_fields(parameters, extends)))
 
 
-def _parameter_field(parameters: Mapping[str, int | float]) -> dict[str, Any]:
-    # Left out where a method has none: reductions from before there were any keep their names.
-    return {"parameters": dict(parameters)} if parameters else {}
+def _optional_fields(
+    parameters: Mapping[str, int | float], extends: Sequence[str]
+) -> dict[str, Any]:
+    fields = {"parameters": dict(parameters), "extends": sorted(extends)}
+    return {name: value for name, value in fields.items() if value}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,13 +76,23 @@ class Reduction:
         method: How the directions were computed.
         counts: Samples by split and class.
         directions_LW: Float32 [L, W] by stream.
-        scores: One row a site: norm, sigma, activation_norm, and auroc, accuracy, cohens_d and
-            pair_accuracy on the splits validation and test.
-        location: Where it is stored.
+        scores: One row a site: norm, sigma, activation_norm; auroc, accuracy, cohens_d and
+            pair_accuracy on the splits validation and test; auroc_low_test and auroc_high_test
+            (95 % by resampling pairs); p_test (permutation of labels) and q_test (Benjamini and
+            Hochberg, over the sites of the stream); split_half_cosine; auroc_random_test and
+            auroc_shuffled_test, of the two controls; histogram_start, histogram_stop,
+            histogram_positive and histogram_negative, of the projections on the split test, or
+            validation without one. NaN where there is nothing to compute from.
+        shuffled_LW: Like `directions_LW`, and of the same norms: difference of means under
+            shuffled labels, a control.
+        root: The store that it is in.
         parameters: The method's.
         signs_in_doubt: Sites where most training pairs and the class means disagree about which
             side is the positive class (``pca`` only).
         left_out: Samples that were left out, as they or others of their pairs are in quarantine.
+        extends: Digests of other captures whose rows count too.
+        rows_from: Digest of the cache whose rows scores are of, by capture digest, where that is
+            not the capture's own.
     """
 
     digest: str
@@ -82,12 +101,20 @@ class Reduction:
     method: str
     counts: Mapping[str, int]
     directions_LW: Mapping[str, NDArray[np.float32]]
+    shuffled_LW: Mapping[str, NDArray[np.float32]]
     scores: pa.Table
     num_heads: int | None
-    location: Location
+    root: Location
     parameters: Mapping[str, int | float] = field(default_factory=dict)
     signs_in_doubt: tuple[str, ...] = ()
     left_out: int = 0
+    extends: tuple[str, ...] = ()
+    rows_from: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def location(self) -> Location:
+        """Where in the store it lies."""
+        return self.root.child(f"reductions/{self.digest}")
 
     @classmethod
     def exists(cls, root: Location, digest: str) -> bool:
@@ -103,19 +130,25 @@ class Reduction:
         method: str,
         parameters: Mapping[str, int | float],
         directions_LW: Mapping[str, NDArray[np.float32]],
+        shuffled_LW: Mapping[str, NDArray[np.float32]],
         scores: pa.Table,
         counts: Mapping[str, int],
         signs_in_doubt: Sequence[str] = (),
         left_out: int = 0,
+        extends: Sequence[str] = (),
+        rows_from: Mapping[str, str] | None = None,
     ) -> Reduction:
         """Store a result. What a killed run has left of the same result is replaced."""
-        digest = reduction_digest(cache.digest, method, parameters)
+        digest = reduction_digest(cache.digest, method, parameters, extends)
         location = root.child(f"reductions/{digest}")
         sink = io.BytesIO()
         pq.write_table(scores, sink, compression="zstd")
         # Nobody may read these before reduction.json is there, and their last bits may differ
         # between versions of the libraries that write them.
-        location.replace("directions.safetensors", safetensors.numpy.save(dict(directions_LW)))
+        vectors = dict(directions_LW) | {
+            f"{_SHUFFLED}{stream}": vectors_LW for stream, vectors_LW in shuffled_LW.items()
+        }
+        location.replace("directions.safetensors", safetensors.numpy.save(vectors))
         location.replace("scores.parquet", sink.getvalue())
         heads = [s.num_heads for s in cache.streams.values() if s.num_heads is not None]
         record = {
@@ -125,11 +158,13 @@ class Reduction:
             "method": method,
             "counts": dict(counts),
             "num_heads": heads[0] if heads else None,
-        } | _parameter_field(parameters)
+        } | _optional_fields(parameters, extends)
         if signs_in_doubt:
             record["signs_in_doubt"] = list(signs_in_doubt)
         if left_out:
             record["left_out"] = left_out
+        if rows_from:
+            record["rows_from"] = dict(rows_from)
         location.put_same("reduction.json", canonical_json(record))
         return cls.open(root, digest)
 
@@ -148,19 +183,29 @@ class Reduction:
             )
         location = root.child(f"reductions/{digest}")
         record = json.loads(location.get("reduction.json"))
+        vectors = safetensors.numpy.load(location.get("directions.safetensors"))
         return cls(
             digest=digest,
             capture=record["capture"],
             capture_digest=record["capture_digest"],
             method=record["method"],
             counts=record["counts"],
-            directions_LW=safetensors.numpy.load(location.get("directions.safetensors")),
+            directions_LW={
+                name: value for name, value in vectors.items() if not name.startswith(_SHUFFLED)
+            },
+            shuffled_LW={
+                name.removeprefix(_SHUFFLED): value
+                for name, value in vectors.items()
+                if name.startswith(_SHUFFLED)
+            },
             scores=pq.read_table(io.BytesIO(location.get("scores.parquet"))),
             num_heads=record["num_heads"],
-            location=location,
+            root=root,
             parameters=record.get("parameters", {}),
             signs_in_doubt=tuple(record.get("signs_in_doubt", ())),
             left_out=record.get("left_out", 0),
+            extends=tuple(record.get("extends", ())),
+            rows_from=record.get("rows_from", {}),
         )
 
     def direction(self, site: Site) -> Direction:
@@ -177,24 +222,60 @@ class Reduction:
                 kind="site",
             )
         row = self.scores.slice(names.index(str(site)), 1).to_pylist()[0]
-        layer = list(self.capture["layers"]).index(site.layer)
-        vector_W = self.directions_LW[site.stream][layer]
-        if site.head is not None:
-            width = vector_W.shape[0] // (self.num_heads or 1)
-            vector_W = vector_W[site.head * width : (site.head + 1) * width]
         return Direction(
             site=site,
-            vector_D=vector_W,
+            vector_D=self.at_site(self.directions_LW, site),
             sigma=row["sigma"],
             activation_norm=row["activation_norm"],
             method=self.method,
             scores={
                 name: value
                 for name, value in row.items()
-                if name not in ("site", "norm", "sigma", "activation_norm") and np.isfinite(value)
+                if isinstance(value, float)
+                and np.isfinite(value)
+                and name not in _NOT_SCORES
+                and not name.startswith("histogram_")
             },
             lineage={"capture": self.capture_digest, "reduction": self.digest},
         )
+
+    def control(
+        self, site: Site, kind: Literal["random", "shuffled"] = "random", seed: int = 0
+    ) -> Direction:
+        """A direction of the same norm that should do nothing: what any effect is compared with.
+
+        Args:
+            site: See `direction`.
+            kind: ``random``: uniform on the sphere; ``shuffled``: the difference of means under
+                shuffled labels, which has the scale and the correlations of the activations.
+            seed: Of the random direction.
+
+        Raises:
+            NotFound: As `direction`.
+        """
+        direction = self.direction(site)
+        if kind == "random":
+            unit_D = random_direction(site, len(direction.vector_D), seed)
+            vector_D = (unit_D * direction.norm).astype(np.float32)
+        else:
+            vector_D = self.at_site(self.shuffled_LW, site)
+        return replace(
+            direction,
+            vector_D=vector_D,
+            sigma=None,
+            method=f"control_{kind}",
+            scores={},
+            lineage={**direction.lineage, "control": kind, "seed": seed},
+        )
+
+    def at_site(self, values_LW: Mapping[str, NDArray[Any]], site: Site) -> NDArray[Any]:
+        """[D], the part of [L, W] values by stream that belongs to a site that was captured."""
+        layer = list(self.capture["layers"]).index(site.layer)
+        values_W: NDArray[Any] = values_LW[site.stream][layer]
+        if site.head is None:
+            return values_W
+        width = values_W.shape[0] // (self.num_heads or 1)
+        return values_W[site.head * width : (site.head + 1) * width]
 
     def ranked(self, *, heads: bool, by: RankBy = "auroc") -> list[dict[str, Any]]:
         """Rows of `scores` for layers or for heads, best first by a score on the validation split.
@@ -208,8 +289,7 @@ class Reduction:
                 ``pair_accuracy``, by which Jailbreak Antidote ranks layers (METHODS 3).
 
         Raises:
-            InvalidInput: No such site was captured, or the scores were stored before there was a
-                ``pair_accuracy``.
+            InvalidInput: No such site was captured.
         """
         rows = [
             row
@@ -223,12 +303,6 @@ class Reduction:
                 kind="site_kind",
             )
         column = f"{by}_validation"
-        if column not in rows[0]:
-            raise InvalidInput(
-                f"reduction {self.digest[:12]} has no column {column}, it has {list(rows[0])}; "
-                f"remove {self.location.url} and run `steerage reduce` again",
-                kind="score_missing",
-            )
         return sorted(
             rows,
             key=lambda row: (

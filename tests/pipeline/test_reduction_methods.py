@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from pipeline.reduction.artifacts import build_artifact
 from pipeline.reduction.components import pca_of_pairs
 from pipeline.reduction.pairs import pair_order
 from pipeline.reduction.probes import fit_probes
-from pipeline.reduction.reduce import reduce
+from pipeline.reduction.reduce import reduce, reduce_all
 from pipeline.reduction.results import Reduction, reduction_digest
 from steering_service.core.site import Site
 from store.activations import ActivationCache
@@ -108,13 +107,16 @@ SITES = [
 ]
 
 
+METHODS = ("difference_of_means", "paired_difference", "pca", "probe", "lda")
+
+
 @pytest.fixture(scope="module")
 def reduced(ray_running, tmp_path_factory):
     root = Location.open(str(tmp_path_factory.mktemp("store")))
     cache, values, planted = write_cache(root)
     results = {
-        method: reduce(cache, root, method=method, num_workers=2)
-        for method in ("difference_of_means", "pca", "probe")
+        reduction.method: reduction
+        for reduction in reduce_all(cache, root, [(m, {}) for m in METHODS], num_workers=2)
     }
     return root, cache, values, planted, results
 
@@ -150,7 +152,7 @@ def test_pca_is_that_of_the_training_pairs(reduced):
 def test_probes_are_those_of_the_training_rows_and_are_scored_at_logit_zero(reduced):
     _, _, values, _, results = reduced
     reduction = results["probe"]
-    assert reduction.parameters == {"l2": 1.0}
+    assert reduction.parameters == {"l2": 1.0, "max_rows": 65536}
     train = values["split"] == "train"
     for site in SITES:
         activations_ND = at_site(values, site)
@@ -196,7 +198,7 @@ def test_sites_are_ranked_by_the_score_asked_for(reduced, by):
 
 def test_another_sharding_gives_the_same_components(reduced, root):
     _, _, _, _, results = reduced
-    # One task reads all of a layer here; there, pairs are parted among four groups of shards.
+    # Other pairs lie in different shards.
     cache, _, _ = write_cache(root, rows_per_shard=256)
     other = reduce(cache, root, method="pca", num_workers=2)
     for stream, directions_LW in results["pca"].directions_LW.items():
@@ -214,7 +216,7 @@ _, url, digest, num_workers = sys.argv
 root = Location.open(url)
 cache = ActivationCache.open(root, digest)
 with ray_session(None, int(num_workers)):
-    for method in ("difference_of_means", "pca", "probe"):
+    for method in ("difference_of_means", "paired_difference", "pca", "probe", "lda"):
         reduce(cache, root, method=method, num_workers=int(num_workers))
 """
 
@@ -279,20 +281,25 @@ def test_too_few_pairs_are_refused_and_have_no_score(ray_running, root, columns,
             reduction.best(heads=False, by="pair_accuracy")
 
 
-def test_a_digest_says_method_and_parameters_and_old_ones_stay():
-    capture = "0" * 64
-    old = {"schema_version": 1, "capture": capture, "method": "difference_of_means"}
+def test_a_digest_says_all_that_changes_a_result():
+    capture, other = "0" * 64, "1" * 64
+    plain = {"schema_version": 2, "capture": capture, "method": "difference_of_means"}
     digests = [
         reduction_digest(capture, "difference_of_means"),
+        reduction_digest(capture, "difference_of_means", extends=[other]),
+        reduction_digest(other, "difference_of_means"),
+        reduction_digest(capture, "paired_difference"),
         reduction_digest(capture, "pca"),
         reduction_digest(capture, "pca", {"pair_order_seed": 1}),
         reduction_digest(capture, "probe"),
         reduction_digest(capture, "probe", {"l2": 2.0}),
+        reduction_digest(capture, "lda"),
+        reduction_digest(capture, "lda", {"shrinkage": 0.5}),
     ]
-    assert digests[0] == sha256_hex(canonical_json(old))
+    assert digests[0] == sha256_hex(canonical_json(plain))
     assert len(set(digests)) == len(digests)
-    assert reduction_digest(capture, "pca", {"pair_order_seed": 0}) == digests[1]
-    assert reduction_digest(capture, "probe", {"l2": 1}) == digests[3]
+    assert reduction_digest(capture, "pca", {"pair_order_seed": 0}) == digests[4]
+    assert reduction_digest(capture, "probe", {"l2": 1}) == digests[6]
     with pytest.raises(InvalidInput, match="method pca has the parameters pair_order_seed, got l2"):
         reduction_digest(capture, "pca", {"l2": 1.0})
     with pytest.raises(InvalidInput, match="method must be one of"):
@@ -300,29 +307,23 @@ def test_a_digest_says_method_and_parameters_and_old_ones_stay():
 
 
 def test_a_run_file_gives_a_method_its_own_parameters_only():
-    assert ReduceSection().parameters == {}
-    assert ReduceSection(method="pca").parameters == {"pair_order_seed": 0}
-    assert ReduceSection(method="probe", l2=0.1).parameters == {"l2": 0.1}
+    assert ReduceSection().parameters("difference_of_means") == {}
+    assert ReduceSection(method="pca").parameters("pca") == {"pair_order_seed": 0}
+    both = ReduceSection(method="pca", compare=["probe"], l2=0.1)
+    assert both.methods == ["pca", "probe"]
+    assert both.parameters("probe") == {"l2": 0.1, "max_rows": 65536}
+    assert both.parameters("pca") == {"pair_order_seed": 0}
     for fields, message in (
-        ({"l2": 1.0}, "method difference_of_means has no parameters, got l2"),
-        ({"method": "pca", "l2": 1.0}, "got l2"),
-        ({"method": "probe", "pair_order_seed": 1}, "got pair_order_seed"),
+        ({"l2": 1.0}, "l2 is a parameter of the method probe, which is not computed"),
+        ({"method": "pca", "l2": 1.0}, "expected 'probe' as method or under compare"),
+        ({"method": "probe", "pair_order_seed": 1}, "a parameter of the method pca"),
+        ({"method": "probe", "shrinkage": 0.5}, "a parameter of the method lda"),
+        ({"method": "probe", "compare": ["probe"]}, "a method is named twice"),
         ({"method": "probe", "l2": 0}, "l2"),
         ({"method": "magic"}, "method"),
     ):
         with pytest.raises(ValidationError, match=message):
             ReduceSection(**fields)
-
-
-def test_a_reduction_from_before_pair_accuracy_is_still_ranked(reduced):
-    _, _, _, _, results = reduced
-    old = results["difference_of_means"]
-    names = [name for name in old.scores.column_names if not name.startswith("pair_accuracy")]
-    stored = replace(old, scores=old.scores.select(names))
-    assert stored.best(heads=True) == old.best(heads=True)
-    with pytest.raises(InvalidInput, match="run `steerage reduce` again") as caught:
-        stored.ranked(heads=True, by="pair_accuracy")
-    assert caught.value.kind == "score_missing"
 
 
 def test_an_artifact_of_sparse_components_says_so(reduced, tmp_path):
@@ -377,6 +378,7 @@ def test_the_table_never_cuts_a_site_off():
         "norm": 123456.789,
         "auroc_validation": 0.5,
         "auroc_test": 0.5,
+        "q_test": 1e-300,
         "accuracy_test": 0.5,
         "cohens_d_test": -12.345,
         "pair_accuracy_test": float("nan"),
