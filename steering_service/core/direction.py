@@ -82,6 +82,13 @@ class Direction:
         vector.flags.writeable = False
         object.__setattr__(self, "vector_D", vector)
 
+    def __repr__(self) -> str:
+        sigma = "not measured" if self.sigma is None else f"{self.sigma:.4g}"
+        return (
+            f"<Direction at {self.site}, {self.method}: width {len(self.vector_D)}, norm "
+            f"{self.norm:.4g}, sigma {sigma}, {len(self.scores)} scores>"
+        )
+
     @property
     def norm(self) -> float:
         """Euclidean length of the vector, in activation units."""

@@ -140,6 +140,16 @@ def test_a_digest_names_what_a_direction_does():
     assert len({d.digest, *(item.digest for item in others)}) == 1 + len(others)
 
 
+def test_a_direction_shows_itself_in_a_line():
+    d = direction_of(0)
+    assert repr(d) == (
+        f"<Direction at resid_post.3, difference_of_means: width 16, norm {d.norm:.4g}, sigma 2, "
+        "1 scores>"
+    )
+    assert "composed: width 16" in repr(d + direction_of(1))
+    assert "sigma not measured, 0 scores>" in repr(d + direction_of(1))
+
+
 def test_what_does_not_fit_together_is_refused():
     d = direction_of(0)
     cases = [
