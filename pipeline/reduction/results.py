@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pipeline.errors import InvalidInput, NotFound
 from pipeline.reduction.directions import random_direction
 from pipeline.reduction.methods import complete_parameters
+from pipeline.reduction.tables import as_html, as_text
 from steering_service.core.direction import Direction
 from steering_service.core.site import Site
 from store.activations import ActivationCache
@@ -110,6 +111,12 @@ class Reduction:
     left_out: int = 0
     extends: tuple[str, ...] = ()
     rows_from: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     @property
     def location(self) -> Location:
