@@ -1,6 +1,9 @@
-"""Probes: L2-regularised logistic regressions at many sites, fitted as one batched problem.
+"""Probes: L2-regularised logistic regressions at many sites.
 
 ITI (arXiv 2306.03341; METHODS 5) fits one probe a head and ranks heads by its accuracy.
+
+A site's rows are copied once, into a buffer that stays in a core's cache, and its problem is solved
+there: all sites at once would read each step's rows from memory.
 
 Shapes: S sites, N rows, D width of a site, E unknowns of the problem that is solved (at most D, or
 N where there are fewer rows, and the intercept).
@@ -8,24 +11,22 @@ N where there are fewer rows, and the intercept).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 import numpy as np
-import scipy.special
 from numpy.typing import NDArray
 
 from pipeline.errors import InvalidInput
+from pipeline.reduction.logistic import DOUBLE, SINGLE, Floats, Precision, Problem, gram, minimise
 
-_MAX_STEPS: Final = 100
-_MAX_HALVINGS: Final = 40
-_LAST_STEP: Final = 1e-7
-"""A step this short, relative to the solution, is a site's last: what is left is of its square. The
-loss says less, since it is flat long before the weights of separable classes stand still."""
-_ROWS_PER_BLOCK: Final = 4096
 _CONSTANT: Final = 1e-7
 """Spread relative to the mean below which a feature of float32 values is rounding, not signal."""
+_FLUSHED: Final = 1e-30
+"""Variance below which float32 has lost digits, or all, of what a feature varies by."""
 
 Float64 = NDArray[np.float64]
 
@@ -51,6 +52,7 @@ def fit_probes(
     *,
     l2: float,
     names: Sequence[str] | None = None,
+    num_threads: int = 1,
 ) -> Probes:
     """Minimise, for every site, sum of log losses + l2/2 |w|^2 over standardised features.
 
@@ -58,18 +60,27 @@ def fit_probes(
     penalised. Weights come back in activation space. The problem is strictly convex, so there is
     one answer, also where the classes can be separated. A feature that does not vary gets weight 0.
 
+    Features of float64 are solved in float64, until a Newton step is below 1e-7 of the solution;
+    others in float32, until a step is below 1e-4 of it, after which less than that is left, or in
+    float64 where float32 does not come so far. A site's numbers are of its own rows alone: they
+    have the same bits whatever its neighbours are and however many threads there are.
+
     Args:
         features_SND: [S, N, D], any float dtype.
         label_N: Bool [N].
         l2: Positive.
         names: Of the sites, for messages.
+        num_threads: Sites at a time. Each is solved on one thread if BLAS is told to use one
+            (OMP_NUM_THREADS), as Ray tells it.
 
     Raises:
         InvalidInput: kind "probe_data", a class is missing, shapes disagree, a value is not finite
             or l2 is not positive; "probe_convergence", a site did not converge.
     """
     positive_N = label_N.astype(np.int64)
-    return fit_counted_probes(features_SND, positive_N, 1 - positive_N, l2=l2, names=names)
+    return fit_counted_probes(
+        features_SND, positive_N, 1 - positive_N, l2=l2, names=names, num_threads=num_threads
+    )
 
 
 def fit_counted_probes(
@@ -79,8 +90,11 @@ def fit_counted_probes(
     *,
     l2: float,
     names: Sequence[str] | None = None,
+    num_threads: int = 1,
 ) -> Probes:
     """`fit_probes` of rows that each stand for several samples, perhaps of both classes.
+
+    In memory beside the features is one site's copy of them a thread.
 
     Args:
         features_SND: [S, N, D], any float dtype.
@@ -88,39 +102,41 @@ def fit_counted_probes(
         negative_N: Int64 [N], those of the negative class.
         l2: Positive.
         names: Of the sites, for messages.
+        num_threads: As `fit_probes`.
 
     Raises:
         InvalidInput: As `fit_probes`, or a row stands for no sample.
     """
     names = names or [f"site {number}" for number in range(len(features_SND))]
     _check(features_SND, positive_N, negative_N, l2, names)
-    scaled_SND = np.array(features_SND, np.float64)
-    num_rows, width = scaled_SND.shape[1:]
-    counts_N = (positive_N + negative_N).astype(np.float64)
-    if (counts_N == 1).all():
-        mean_SD = scaled_SND.mean(axis=1)
-        scaled_SND -= mean_SD[:, None]
-        spread_SD = np.sqrt(np.einsum("snd,snd->sd", scaled_SND, scaled_SND) / num_rows)
-    else:
-        share_N = counts_N / counts_N.sum()
-        mean_SD = np.einsum("snd,n->sd", scaled_SND, share_N)
-        scaled_SND -= mean_SD[:, None]
-        spread_SD = np.sqrt(np.einsum("snd,snd,n->sd", scaled_SND, scaled_SND, share_N))
-    varies_SD = spread_SD > _CONSTANT * np.abs(mean_SD)
-    scale_SD = np.where(varies_SD, 1 / np.where(varies_SD, spread_SD, 1), 0)
-    scaled_SND *= scale_SD[:, None]
-    basis_SDE = None
-    if num_rows < width:
-        # The weights lie in the span of the rows, and a rotation does not change their length, so
-        # the same problem has only as many unknowns as there are rows.
-        basis_SDE, triangle_SEN = np.linalg.qr(scaled_SND.swapaxes(1, 2))
-        scaled_SND = np.ascontiguousarray(triangle_SEN.swapaxes(1, 2))
-    solution_SE, num_steps = _newton(scaled_SND, positive_N.astype(np.float64), counts_N, l2, names)
-    weights_SD, intercept_S = solution_SE[:, :-1], solution_SE[:, -1]
-    if basis_SDE is not None:
-        weights_SD = np.einsum("sde,se->sd", basis_SDE, weights_SD)
-    weights_SD = weights_SD * scale_SD
-    return Probes(weights_SD, intercept_S - np.einsum("sd,sd->s", weights_SD, mean_SD), num_steps)
+    spaces = threading.local()
+
+    def fit(features_ND: NDArray[Any]) -> _Fitted:
+        if not hasattr(spaces, "buffers"):
+            spaces.buffers = {}
+        return _fit_site(features_ND, positive_N, negative_N, l2, spaces.buffers)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        fitted = list(map(fit, features_SND) if num_threads == 1 else pool.map(fit, features_SND))
+    for site, one in enumerate(fitted):
+        if one.failure == "not_finite":
+            raise InvalidInput(
+                f"probes of {len(names)} sites: activations at {names[site]} are not all finite",
+                kind="probe_data",
+            )
+    stuck = [name for name, one in zip(names, fitted, strict=True) if one.failure]
+    if stuck:
+        raise InvalidInput(
+            f"probes at {len(stuck)} of {len(names)} sites, first {stuck[0]}, have not converged "
+            f"after {max(one.num_steps for one in fitted)} Newton steps with l2 = {l2}; raise "
+            "reduce.l2",
+            kind="probe_convergence",
+        )
+    return Probes(
+        np.stack([one.weights_D for one in fitted]),
+        np.array([one.intercept for one in fitted]),
+        max(one.num_steps for one in fitted),
+    )
 
 
 def _check(
@@ -130,6 +146,7 @@ def _check(
     l2: float,
     names: Sequence[str],
 ) -> None:
+    """All but the values, which are looked at when they are in the cache."""
     problem = ""
     num_positive, num_negative = int(positive_N.sum()), int(negative_N.sum())
     if features_SND.ndim != 3 or features_SND.shape[:2] != (len(names), len(positive_N)):
@@ -141,89 +158,95 @@ def _check(
         problem = "every row must stand for a sample"
     elif not (np.isfinite(l2) and l2 > 0):
         problem = f"l2 must be finite and positive, got {l2!r}"
-    else:
-        finite_S = np.isfinite(features_SND).all(axis=(1, 2))
-        if not finite_S.all():
-            problem = f"activations at {names[int(np.argmin(finite_S))]} are not all finite"
     if problem:
         raise InvalidInput(f"probes of {len(names)} sites: {problem}", kind="probe_data")
 
 
-def _newton(
-    x_SND: Float64, positive_N: Float64, counts_N: Float64, l2: float, names: Sequence[str]
-) -> tuple[Float64, int]:
-    """Damped Newton for all sites at once (IRLS with a line search).
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fitted:
+    """A site's probe, as in `Probes`, or why there is none."""
+
+    weights_D: Float64
+    intercept: float
+    num_steps: int
+    failure: Literal["", "not_finite", "stuck"] = ""
+
+
+def _fit_site(
+    features_ND: NDArray[Any],
+    positive_N: NDArray[np.int64],
+    negative_N: NDArray[np.int64],
+    l2: float,
+    buffers: dict[type[np.floating[Any]], Floats],
+) -> _Fitted:
+    precisions = (DOUBLE,) if features_ND.dtype == np.float64 else (SINGLE, DOUBLE)
+    for precision in precisions:
+        # What overflows is not finite, or too large for float32: either is seen.
+        with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+            fitted = _attempt(features_ND, positive_N, negative_N, l2, precision, buffers)
+        if not fitted.failure:
+            return fitted
+    if not np.isfinite(features_ND).all():
+        return replace(fitted, failure="not_finite")
+    return fitted
+
+
+def _attempt(
+    features_ND: NDArray[Any],
+    positive_N: NDArray[np.int64],
+    negative_N: NDArray[np.int64],
+    l2: float,
+    precision: Precision,
+    buffers: dict[type[np.floating[Any]], Floats],
+) -> _Fitted:
+    """Fit a site with one precision.
 
     Args:
-        x_SND: Standardised features.
-        positive_N: Positive samples that each row stands for, of `counts_N` samples.
-
-    Returns:
-        Float64 [S, E], the intercept last, and the number of steps.
+        buffers: By dtype, [N, D + 1], made where they are missing: a fresh one for every site would
+            cost more than the copy into it.
     """
-    num_sites, num_rows, width = x_SND.shape
-    x_SNE = np.concatenate([x_SND, np.ones((num_sites, num_rows, 1))], axis=2)
-    penalty_E = np.append(np.full(width, l2), 0.0)
-    solution_SE = np.zeros((num_sites, width + 1))
-    logits_SN = np.zeros((num_sites, num_rows))
-    loss_S = _loss(logits_SN, solution_SE, positive_N, counts_N, penalty_E)
-    open_S = np.ones(num_sites, np.bool_)
-    for step in range(1, _MAX_STEPS + 1):
-        share_SN = scipy.special.expit(logits_SN)
-        gradient_SE = (
-            np.einsum("sne,sn->se", x_SNE, counts_N * share_SN - positive_N)
-            + penalty_E * solution_SE
-        )
-        hessian_SEE = _hessian(x_SNE, counts_N * (share_SN * (1 - share_SN)), penalty_E)
-        try:
-            move_SE = -np.linalg.solve(hessian_SEE, gradient_SE[..., None])[..., 0]
-        except np.linalg.LinAlgError:
-            # Every row's share has reached 0 or 1, and the L2 term is too weak to hold the weights.
-            break
-        slope_S = np.einsum("se,se->s", gradient_SE, move_SE)
-        limit_S = _LAST_STEP * (1 + np.abs(solution_SE).max(axis=1))
-        # A site that has converged stays, so that its numbers do not depend on its neighbours.
-        move_SE[~open_S] = 0
-        along_SN = np.einsum("sne,se->sn", x_SNE, move_SE)
-        size_S1 = np.ones((num_sites, 1))
-        for _ in range(_MAX_HALVINGS):
-            tried_SE, tried_SN = solution_SE + size_S1 * move_SE, logits_SN + size_S1 * along_SN
-            tried_S = _loss(tried_SN, tried_SE, positive_N, counts_N, penalty_E)
-            # Armijo's rule, with room for the rounding of the loss.
-            too_far_S = tried_S > loss_S + 1e-4 * size_S1[:, 0] * slope_S + 1e-12 * (1 + loss_S)
-            too_far_S &= open_S
-            if not too_far_S.any():
-                break
-            size_S1[too_far_S] /= 2
-        solution_SE, logits_SN, loss_S = tried_SE, tried_SN, tried_S
-        open_S &= ~(np.abs(move_SE).max(axis=1) <= limit_S)
-        if not open_S.any():
-            return solution_SE, step
-    stuck = [name for name, is_open in zip(names, open_S, strict=True) if is_open]
-    raise InvalidInput(
-        f"probes at {len(stuck)} of {num_sites} sites, first {stuck[0]}, have not converged after "
-        f"{step} Newton steps with l2 = {l2}; raise reduce.l2",
-        kind="probe_convergence",
+    dtype = precision.dtype
+    num_rows, width = features_ND.shape
+    if dtype not in buffers:
+        buffers[dtype] = np.ones((num_rows, width + 1), dtype)
+    x_NE = buffers[dtype]
+    counts_N = (positive_N + negative_N).astype(dtype)
+    total = counts_N.sum()
+    # Copied first: how BLAS sums depends on how the rows lie in memory.
+    np.copyto(x_NE[:, :-1], features_ND)
+    mean_D = (counts_N / total) @ x_NE[:, :-1]
+    x_NE[:, :-1] -= mean_D
+    weight_N = None if (counts_N == 1).all() else counts_N
+    basis_DE = None
+    if num_rows < width:
+        spread_D = np.sqrt((counts_N / total) @ np.square(x_NE[:, :-1]))
+        scale_E = _scale(spread_D, mean_D)
+        # The weights lie in the span of the rows, and a rotation does not change their length, so
+        # the same problem has only as many unknowns as there are rows.
+        basis_DE, triangle_EN = np.linalg.qr((x_NE * scale_E)[:, :-1].T)
+        x_NE = np.concatenate([triangle_EN.T, np.ones((num_rows, 1), dtype)], axis=1)
+        gram_EE, solved_E = gram(x_NE, weight_N), np.ones(num_rows + 1, dtype)
+    else:
+        gram_EE = gram(x_NE, weight_N)
+        # What rounding has left of the mean, the intercept takes.
+        rest_D = gram_EE[-1, :-1] / total
+        square_D = np.diagonal(gram_EE)[:-1] / total - np.square(rest_D)
+        if precision is SINGLE and x_NE[:, :-1][:, square_D < _FLUSHED].any():
+            return _Fitted(np.zeros(width), 0.0, 0, "stuck")
+        scale_E = solved_E = _scale(np.sqrt(np.maximum(square_D, 0)), mean_D)
+    solution_E, num_steps = minimise(
+        Problem(x_NE, solved_E, positive_N.astype(dtype), counts_N, l2, precision), gram_EE
     )
+    if solution_E is None:
+        return _Fitted(np.zeros(width), 0.0, num_steps, "stuck")
+    weights_D = solution_E[:-1] if basis_DE is None else basis_DE @ solution_E[:-1]
+    weights_D = (weights_D * scale_E[:-1]).astype(np.float64)
+    return _Fitted(weights_D, float(solution_E[-1] - weights_D @ mean_D), num_steps)
 
 
-def _loss(
-    logits_SN: Float64,
-    solution_SE: Float64,
-    positive_N: Float64,
-    counts_N: Float64,
-    penalty_E: Float64,
-) -> Float64:
-    losses_SN = counts_N * np.logaddexp(0, logits_SN) - positive_N * logits_SN
-    return np.asarray(losses_SN.sum(axis=1) + 0.5 * (np.square(solution_SE) @ penalty_E))
-
-
-def _hessian(x_SNE: Float64, weight_SN: Float64, penalty_E: Float64) -> Float64:
-    num_sites, num_rows, width = x_SNE.shape
-    hessian_SEE = np.zeros((num_sites, width, width)) + np.diag(penalty_E)
-    for first in range(0, num_rows, _ROWS_PER_BLOCK):
-        # By blocks, since the weighted rows would be a second copy of all activations.
-        x = x_SNE[:, first : first + _ROWS_PER_BLOCK]
-        weight = weight_SN[:, first : first + _ROWS_PER_BLOCK, None]
-        hessian_SEE += x.swapaxes(1, 2) @ (x * weight)
-    return hessian_SEE
+def _scale(spread_D: Floats, mean_D: Floats) -> Floats:
+    """[D + 1], what standardises features, 0 where one does not vary; 1 for the intercept."""
+    varies_D = spread_D > _CONSTANT * np.abs(mean_D)
+    return np.append(np.where(varies_D, 1 / np.where(varies_D, spread_D, 1), 0), 1).astype(
+        spread_D.dtype
+    )

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InvalidInput
-from pipeline.reduction.probes import fit_probes
+from pipeline.reduction.probes import fit_counted_probes, fit_probes
 
 
 def overlapping(seed, num_sites, num_rows, width, *, apart=0.6):
@@ -147,3 +147,97 @@ def test_what_cannot_be_fitted_is_named():
         # So weak a term leaves the logits without a bound that float64 can reach.
         fit_probes(apart, label_N, l2=1e-300, names=names)
     assert caught.value.kind == "probe_convergence"
+
+
+def assert_same_probes(got, want, features_SND, *, rtol):
+    """Over standardised features, relative to the largest number of a site's solution."""
+    scale_SD = features_SND.astype(np.float64).std(axis=1)
+    mean_SD = features_SND.astype(np.float64).mean(axis=1)
+    for probes_D, wanted_D, mean_D, scale_D, at, wanted_at in zip(
+        got.weights_SD,
+        want.weights_SD,
+        mean_SD,
+        scale_SD,
+        got.intercept_S,
+        want.intercept_S,
+        strict=True,
+    ):
+        at_mean, wanted_at_mean = at + probes_D @ mean_D, wanted_at + wanted_D @ mean_D
+        room = rtol * (1 + max(np.abs(wanted_D * scale_D).max(), abs(wanted_at_mean)))
+        np.testing.assert_allclose(probes_D * scale_D, wanted_D * scale_D, rtol=0, atol=room)
+        assert at_mean == pytest.approx(wanted_at_mean, abs=room)
+
+
+@pytest.mark.parametrize("l2", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("apart", [0.0, 0.6, 8.0])
+@pytest.mark.parametrize(("num_rows", "width"), [(600, 24), (40, 24), (20, 60)])
+def test_float32_features_have_the_answer_of_float64(num_rows, width, apart, l2):
+    features_SND, label_N = overlapping(7, 3, num_rows, width, apart=apart)
+    features_SND = features_SND.astype(np.float32)
+    want = fit_probes(features_SND.astype(np.float64), label_N, l2=l2)
+    got = fit_probes(features_SND, label_N, l2=l2)
+    assert got.weights_SD.dtype == np.float64
+    assert_same_probes(got, want, features_SND, rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1e-24, 1e25])
+def test_what_float32_cannot_hold_is_solved_in_float64(factor):
+    features_SND, label_N = overlapping(8, 2, 90, 5)
+    features_SND = ((features_SND - 30) * factor).astype(np.float32)
+    want = fit_probes(features_SND.astype(np.float64), label_N, l2=1.0)
+    got = fit_probes(features_SND, label_N, l2=1.0)
+    assert_same_probes(got, want, features_SND, rtol=1e-9)
+    assert np.abs(got.weights_SD).min() > 0
+
+
+def test_float32_features_that_can_be_separated_do_not_diverge():
+    features_SND, label_N = overlapping(1, 2, 100, 20)
+    features_SND[:, label_N, 3] += 1e4
+    features_SND = features_SND.astype(np.float32)
+    want = fit_probes(features_SND.astype(np.float64), label_N, l2=1e-6)
+    got = fit_probes(features_SND, label_N, l2=1e-6)
+    assert_same_probes(got, want, features_SND, rtol=1e-4)
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32 - 1), num_rows=st.integers(4, 200), width=st.integers(1, 40))
+def test_a_site_has_the_same_bits_in_any_company(seed, num_rows, width):
+    features_SND, label_N = overlapping(seed, 5, num_rows, width)
+    features_SND = features_SND.astype(np.float32)
+    features_SND[1, label_N, 0] += 1e4
+    features_SND[2, :, 0] = 3
+    together = fit_probes(features_SND, label_N, l2=0.1, num_threads=3)
+    # As a layer's rows lie in memory: head beside head.
+    side_by_side = np.ascontiguousarray(features_SND.swapaxes(0, 1)).swapaxes(0, 1)
+    for site in range(5):
+        for features in (features_SND[site : site + 1].copy(), side_by_side[site : site + 1]):
+            alone = fit_probes(features, label_N, l2=0.1)
+            np.testing.assert_array_equal(together.weights_SD[site], alone.weights_SD[0])
+            assert together.intercept_S[site] == alone.intercept_S[0]
+
+
+def test_rows_of_float32_count_as_often_as_they_are_told():
+    features_SND, label_N = overlapping(4, 2, 80, 6)
+    features_SND = features_SND.astype(np.float32)
+    times_N = np.random.default_rng(0).integers(1, 4, 80)
+    positive_N = np.where(label_N, times_N, 0)
+    positive_N[5], negative_N = 1, np.where(label_N, 0, times_N)
+    negative_N[5] = 2
+    got = fit_counted_probes(features_SND, positive_N, negative_N, l2=0.7)
+    row_N = np.repeat(np.arange(80), positive_N + negative_N)
+    label = np.concatenate(
+        [[True] * p + [False] * n for p, n in zip(positive_N, negative_N, strict=True)]
+    )
+    repeated = features_SND.astype(np.float64)[:, row_N]
+    assert_same_probes(got, fit_probes(repeated, label, l2=0.7), repeated, rtol=1e-4)
+
+
+def test_a_value_that_is_not_finite_is_named_before_what_does_not_converge():
+    features_SND, label_N = overlapping(0, 3, 30, 4)
+    features_SND[:, label_N] += 1e6
+    for dtype in (np.float32, np.float64):
+        broken = features_SND.astype(dtype)
+        broken[2, 3, 1] = np.nan
+        with pytest.raises(InvalidInput, match="z.2 are not all finite") as caught:
+            fit_probes(broken, label_N, l2=1e-300, names=["z.0", "z.1", "z.2"])
+        assert caught.value.kind == "probe_data"
