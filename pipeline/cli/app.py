@@ -54,7 +54,16 @@ def _configure(
 def main() -> None:
     """Run the command line; the process's exit code says how it went."""
     # Imported here so that `app` exists when they register their commands.
-    from pipeline.cli import batch, evaluate, node, operate, repro, train, verify  # noqa: F401
+    from pipeline.cli import (  # noqa: F401
+        batch,
+        evaluate,
+        node,
+        operate,
+        repro,
+        select,
+        train,
+        verify,
+    )
 
     try:
         app()

@@ -8,7 +8,6 @@ Shapes: L layers, H heads.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +24,23 @@ from pipeline.evaluation.suites import AnySuite, Point, Suite, choice_suite
 from pipeline.prompts.corpus import Example, read_corpus
 from pipeline.recipes.lab import Lab
 from pipeline.recipes.published import Published
-from pipeline.recipes.trials import Candidate, choose
+from pipeline.recipes.trials import bench, choose
 from pipeline.reduction.results import Reduction
+from pipeline.selection.candidates import Candidate
+from pipeline.selection.search import (
+    MULTIPLES,
+    SIGMAS,
+    best_shares,
+    combinations,
+    leading_sites,
+    sweep_sites,
+)
 from steering_service.core.artifact import Artifact
 from steering_service.core.intervention import Intervention
 from steering_service.core.site import Site
 
 Method = Literal["hsi", "iti", "caa"]
 METHODS: Final[tuple[Method, ...]] = ("hsi", "iti", "caa")
-
-ALPHAS: Final = (4.0, 8.0, 16.0, 32.0, 64.0)
-"""Strengths of heads, in standard deviations of their projections."""
-MULTIPLES: Final = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-"""Strengths of layers, in mean differences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class Settings:
         swept: Training questions of the single-head sweep.
         leading: Heads that are combined, the best of the sweep.
         most: Questions of the validation and of the test split.
+        alphas: Strengths of heads, in standard deviations of their projections.
+        multiples: Strengths of layers, in mean differences.
         seeds: Of the controls.
         published: Settings to take as they are, in place of searching.
         system: System prompt that asks for the behaviour: the baseline that steering has to beat.
@@ -62,7 +67,7 @@ class Settings:
     neutral: Sequence[ChatPrompt]
     max_share: float = 0.05
     perplexity_cap: float = 1.1
-    alphas: Sequence[float] = ALPHAS
+    alphas: Sequence[float] = SIGMAS
     multiples: Sequence[float] = MULTIPLES
     swept: int = 32
     leading: int = 6
@@ -134,13 +139,14 @@ class Search:
                     "train, chooses on validation and reports on test",
                     kind="split_empty",
                 )
-        self._swept = _questions("training", by_split["train"], settings.swept)
-        self._validation = _questions("validation", by_split["validation"], settings.most)
         self._test = _questions("test", by_split["test"], settings.most)
         self._perplexity: AnySuite = fluency_suites(
             "neutral", settings.neutral, lab.model, lab.tokenizer
         )[0]
-        self._plain_perplexity = lab.plain([self._perplexity])[0].value
+        swept = _questions("training", by_split["train"], settings.swept)
+        self._swept = bench(lab, swept)
+        validation = _questions("validation", by_split["validation"], settings.most)
+        self._validation = bench(lab, validation, self._perplexity)
 
     def run(self, methods: Sequence[Method]) -> Outcome:
         """Search, deliver and measure."""
@@ -196,13 +202,8 @@ class Search:
         else:
             single = self._single_heads(heads)
             outcome.single_LH = self._grid(single)
-            leading = sorted(single, key=lambda site: -np.nan_to_num(single[site], nan=-1.0))
-            leading = leading[: settings.leading]
-            combos = [
-                combo
-                for size in range(1, self._most_heads + 1)
-                for combo in itertools.combinations(leading, size)
-            ]
+            leading = leading_sites(single, settings.leading)
+            combos = combinations(leading, self._most_heads)
             alphas = settings.alphas
         trials = [(combo, alpha) for combo in combos for alpha in alphas]
         return self._best("hsi", trials, lambda sites: head_items(heads, sites), outcome)
@@ -214,16 +215,14 @@ class Search:
         """
         info, alphas = self._lab.info, self._settings.alphas
         sites = [Site("z", i, j) for i in range(info.num_layers) for j in range(info.num_heads)]
-        best = dict.fromkeys(sites, float("nan"))
         with self._lab.track("sweep single heads", len(sites) * len(alphas)) as step:
-            for site in sites:
-                artifact = self._artifact("hsi", head_items(heads, [site]), max(alphas))
-                for alpha in alphas:
-                    point = self._lab.tried(artifact, alpha, [self._swept])[0]
-                    if len(point.undefined) <= point.num / 2:
-                        best[site] = float(np.nanmax([best[site], point.share]))
-                    step(f"{site} at {alpha:g}: {point.share:.0f} %")
-        return best
+
+            def measure(chosen: tuple[Site, ...], alpha: float) -> Candidate:
+                found = self._swept.measured(head_items(heads, chosen), alpha)
+                step(str(found))
+                return found
+
+            return best_shares(sweep_sites(sites, alphas, measure))
 
     def _grid(self, single: dict[Site, float]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
         info = self._lab.info
@@ -281,20 +280,8 @@ class Search:
         candidates = outcome.candidates.setdefault(method, [])
         with self._lab.track(f"choose {method} on validation", len(trials)) as step:
             for sites, strength in trials:
-                artifact = self._artifact(method, items(sites), limit)
-                target, cost = self._lab.tried(
-                    artifact, strength, [self._validation, self._perplexity]
-                )
-                candidates.append(
-                    Candidate(
-                        tuple(sites),
-                        strength,
-                        target.share,
-                        100.0 * len(target.undefined) / target.num,
-                        cost.value / self._plain_perplexity,
-                    )
-                )
-                step(f"{' '.join(map(str, sites))} at {strength:g}: {target.share:.0f} %")
+                candidates.append(self._validation.measured(items(sites), strength))
+                step(str(candidates[-1]))
         if self._settings.published is not None:
             chosen = candidates[0]
         else:
