@@ -137,8 +137,12 @@ class SiteSelection:
         lines = []
         for section, fields in (("capture", self.capture), ("publish", self.publish)):
             if fields:
-                # What TOML writes of texts, numbers and lists of texts, JSON writes the same way.
-                lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in fields.items())]
+                lines.append(f"[{section}]")
+                # TOML writes texts, numbers and lists of texts as JSON does.
+                lines += [
+                    f"{name} = {json.dumps(fields[name])}"
+                    for name in sorted(fields, key=lambda name: (name != "sites", name))
+                ]
         return lines
 
 

@@ -232,7 +232,7 @@ def select_by_search(
     steps: list[Candidate] = []
     if by == "sweep":
         chosen = choose(sweep_sites(sites, settings.strengths, measure), caps)
-        how = "the furthest of each site alone"
+        how = f"the furthest of {len(sites)} sites, each alone"
     else:
         leading = sites[: settings.top]
         if settings.start == "sweep":
@@ -257,7 +257,7 @@ def select_by_search(
         sites=chosen.sites,
         strength=chosen.strength,
         why=(
-            f"{how}, of {len(tried)} candidates within the caps: the target goes from "
+            f"{how}, within the caps, {len(tried)} candidates in all: the target goes from "
             f"{bench.plain_share:.1f} to {chosen.share:.1f} % at strength {chosen.strength:g}, at "
             f"{chosen.ratio:.3f} times the plain model's perplexity"
         ),
@@ -308,10 +308,11 @@ def select_refusal(
         sites=[chosen.site],
         strength=1.0,
         why=(
-            f"the lowest refusal score under ablation among {len(kept)} of {len(found)} directions, "
-            f"those that keep to the rules: {bench.plain_harmful:+.2f} to {chosen.ablated:+.2f} on {harmful} harmful "
-            f"prompts, at a KL of {chosen.kl:.3f} on {harmless} harmless ones, whose score it "
-            f"takes from {bench.plain_harmless:+.2f} to {chosen.induced:+.2f} where it is added"
+            f"the lowest refusal score under ablation among the {len(kept)} of {len(found)} "
+            f"directions that keep to the rules: {bench.plain_harmful:+.2f} to "
+            f"{chosen.ablated:+.2f} on {harmful} harmful prompts, at a KL of {chosen.kl:.3f} on "
+            f"{harmless} harmless ones, whose score goes from {bench.plain_harmless:+.2f} to "
+            f"{chosen.induced:+.2f} where it is added"
         ),
         tried=[c.figures() | {"objections": rules.objections(c, model.num_layers)} for c in found],
         plain={"harmful": bench.plain_harmful, "harmless": bench.plain_harmless},

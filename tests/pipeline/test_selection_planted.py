@@ -1,0 +1,353 @@
+"""`steerage select` on a model in which one head, and no other, can make answers begin with an n.
+
+The rows of the cache are planted too, so that every direction is known; what is tested is what the
+model does with it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import load_run_file
+from pipeline.errors import InvalidInput, NotFound
+from pipeline.prompts.plan import plan
+from pipeline.reduction.reduce import reduce
+from pipeline.selection.journal import Journal
+from pipeline.selection.results import SiteSelection, selected_sites
+from pipeline.selection.validation import ValidationFile
+from steering_service.core.site import Site
+from store.location import Location
+
+STEERAGE = str(Path(sys.executable).with_name("steerage"))
+PLANTED = Site("z", 1, 5)
+SPLITS = ["train"] * 16 + ["validation"] * 6 + ["test"] * 4
+HEAD = 'name = "letters"\n[prompt_baseline]\nsystem = "be brief"\n'
+BEGINS = """[[suites]]
+name = "begins with an n"
+kind = "refusal"
+role = "target"
+files = ["rows.jsonl"]
+phrases = "phrases.json"
+max_new_tokens = 2
+"""
+TALKS = """[[suites]]
+name = "talks"
+kind = "fluency"
+role = "skill"
+files = ["rows.jsonl"]
+max_new_tokens = 2
+limit = 2
+"""
+
+
+def directions(layers=3, heads=8, width=8):
+    """[L, H, D] the planted direction of every head, norm 10."""
+    vectors = np.random.default_rng(5).standard_normal((layers, heads, width))
+    return 10 * vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+@dataclass
+class Place:
+    folder: Path
+
+    @property
+    def store(self):
+        return self.folder / "store"
+
+    @property
+    def root(self):
+        return Location.open(str(self.store))
+
+    @property
+    def measured(self):
+        """Names of the measurements in the store."""
+        found = self.store.glob("measurements/*/*.json")
+        return sorted(path.name for path in found if path.name != "request.json")
+
+    def copy(self, to):
+        shutil.copytree(self.folder, to)
+        return Place(to)
+
+    def command(self, *flags, by="sweep", suites="suites.toml"):
+        more = [] if suites is None else ["--suites", str(self.folder / suites)]
+        run = ["select", str(self.folder / "run.toml"), "--store", str(self.store), "--by", by]
+        return [STEERAGE, *run, *more, *flags]
+
+    def select(self, *flags, code=0, **options):
+        done = subprocess.run(
+            self.command(*flags, **options), capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        return json.loads(done.stdout) if "--json" in flags and not code else done
+
+
+@pytest.fixture(scope="module")
+def place(ray_running, tmp_path_factory, make_model, make_tokenizer):
+    folder = tmp_path_factory.mktemp("select")
+    letter = make_tokenizer().convert_tokens_to_ids("n")
+    towards = directions()[PLANTED.layer, PLANTED.head] / 10
+
+    def plant(model):
+        import torch
+
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+        weight = model.model.layers[PLANTED.layer].self_attn.o_proj.weight
+        row = model.lm_head.weight[letter]
+        columns = slice(PLANTED.head * 8, (PLANTED.head + 1) * 8)
+        weight[:, columns] = 3.0 * torch.outer(row / row.norm(), torch.tensor(towards).float())
+
+    model = make_model("llama", edit=plant)
+    rows = [
+        {"prompt": f"{i}: {word} does the ship steer?", "label": label, "pair": i, "split": split}
+        for i, split in enumerate(SPLITS)
+        for label, word in ((1, "where"), (0, "how"))
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "phrases.json").write_text('["n"]')
+    (folder / "suites.toml").write_text(HEAD + BEGINS + TALKS)
+    (folder / "run.toml").write_text(
+        f'name = "letters"\n[model]\npath = "{model}"\n[prompts]\nfiles = ["rows.jsonl"]\n'
+        '[capture]\nstreams = ["z"]\ntokens = "last"\n'
+    )
+    root = Location.open(str(folder / "store"))
+    cache = plan(load_run_file(folder / "run.toml"), root).cache
+    index = cache.index()
+    noise = np.random.default_rng(1).standard_normal((cache.num_rows, 3, 64))
+    label_N = index["label"].to_numpy()
+    values = (noise + label_N[:, None, None] * directions().reshape(3, 64)).astype(np.float32)
+    for shard in range(cache.num_shards):
+        rows_of = cache.layout("z").shard_rows(shard)
+        cache.write_shard(shard, {"z": values[rows_of.start : rows_of.stop]})
+    cache.seal()
+    reduce(cache, root, method="difference_of_means", num_workers=1)
+    return Place(folder)
+
+
+WIDE = ("--max-perplexity", "1e300", "--strengths", "-8,8")
+"""Beginning every answer with an n is what no model does of itself."""
+
+
+@pytest.fixture(scope="module")
+def swept(place, tmp_path_factory):
+    """The store after an undisturbed sweep, and what that printed."""
+    there = place.copy(tmp_path_factory.mktemp("swept") / "place")
+    return there, there.select("--json", *WIDE)
+
+
+def test_a_sweep_finds_the_head_that_was_planted(swept):
+    there, found = swept
+    assert found["sites"] == [str(PLANTED)]
+    assert found["strength"] == 8.0
+    assert found["plain"]["share"] < 20
+    by = {(row["sites"][0], row["strength"]): row["share"] for row in found["tried"]}
+    assert len(by) == 3 * 8 * 2
+    assert by[str(PLANTED), 8.0] == 100.0
+    others = [share for (site, _), share in by.items() if site != str(PLANTED)]
+    # No other head writes anything, so the model stays the plain one.
+    assert set(others) == {found["plain"]["share"]}
+    assert selected_sites(there.root, found["selection"]) == [PLANTED]
+    stored = SiteSelection.open(there.root, found["selection"])
+    run_file = (there.folder / "run.toml").read_text()
+    (there.folder / "chosen.toml").write_text("\n".join([run_file, *stored.run_file_lines]))
+    section = load_run_file(there.folder / "chosen.toml").publish
+    assert (section.sites, section.strength_unit, section.positions) == (
+        [str(PLANTED)],
+        "sigma",
+        "last",
+    )
+    assert section.min_strength <= 0.0 < section.max_strength == 8.0
+
+
+def test_a_second_run_finds_the_selection_and_a_forward_search_the_measurements(swept):
+    there, found = swept
+    before = there.measured
+    assert len(before) == 48
+    assert there.select("--json", *WIDE) == found
+    forward = there.select("--json", *WIDE, "--most-heads", "3", by="forward")
+    assert forward["sites"] == [str(PLANTED)]
+    # At 100 %, no further head can help, and none is tried.
+    assert len(forward["steps"]) == 1
+    assert there.measured == before
+
+
+def test_a_sweep_that_is_killed_goes_on_where_it_was_and_ends_the_same(place, swept, tmp_path):
+    there = place.copy(tmp_path / "place")
+    process = subprocess.Popen(
+        there.command(*WIDE), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(there.measured) < 5 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=20) == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in there.store.glob("measurements/*/*.json")}
+    assert 5 <= len(there.measured) < 48
+    assert not list(there.store.glob("selections/*/*"))
+    found = there.select("--json", *WIDE)
+    # What had been measured was not measured again.
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    undisturbed, expected = swept
+    assert found | {"path": ""} == expected | {"path": ""}
+    assert there.measured == undisturbed.measured
+    name = f"selections/{found['selection']}/selection.json"
+    assert (there.store / name).read_bytes() == (undisturbed.store / name).read_bytes()
+
+
+def test_no_candidate_within_the_cap_is_a_refusal_with_the_figures(swept):
+    there, _ = swept
+    done = there.select("--max-perplexity", "0.5", "--strengths", "-8,8", code=3)
+    assert "none of 48 candidates keeps the perplexity within 0.5" in done.stderr
+    assert "the least perplexity of 48 was" in done.stderr
+
+
+def test_the_cost_is_said_before_and_a_dry_run_stops_there(place, tmp_path):
+    there = place.copy(tmp_path / "place")
+    done = there.select("--dry-run", "--most-heads", "2", "--top", "4", by="forward")
+    said = " ".join(done.stderr.split())
+    # 24 heads and, from four, a second one among three others; five strengths, twelve prompts.
+    assert f"at most {5 * (24 + 3)} candidates, each 12 answers generated" in said
+    assert f"up to {5 * (24 + 3) * 12:,} generations" in said
+    assert there.measured == []
+    done = there.select(
+        "--dry-run", "--from", "score", "--top", "4", "--prompts", "3", by="forward"
+    )
+    said = " ".join(done.stderr.split())
+    assert f"at most {5 * (4 + 3 + 2 + 1)} candidates, each 3 answers" in said
+
+
+def test_only_validation_prompts_are_asked(place):
+    """Whatever split the suite file names: what is reported on is not chosen on."""
+    file = ValidationFile.load(place.folder / "suites.toml", most=100)
+    from pipeline.evaluation.suite_file import _selected
+
+    for section in (*file.targets, file.fluency):
+        assert {e.split for _, pair in _selected(section, file.file) for e in pair} == {
+            "validation"
+        }
+    assert file.fluency.limit == 2
+    assert ValidationFile.load(place.folder / "suites.toml", most=1).targets[0].limit == 1
+
+
+def test_the_name_of_measurements_is_what_they_depend_on(place, tmp_path):
+    def record(text, most=8, rows="rows.jsonl"):
+        there = place.copy(tmp_path / f"{len(list(tmp_path.iterdir()))}")
+        (there.folder / "suites.toml").write_text(HEAD + text)
+        with (there.folder / "rows.jsonl").open("a") as file:
+            file.write(rows if rows != "rows.jsonl" else "")
+        return ValidationFile.load(there.folder / "suites.toml", most=most).record()
+
+    plain = record(BEGINS + TALKS)
+    assert record(BEGINS.replace("begins with", "starts with") + TALKS) == plain
+    for other in (
+        record(BEGINS + TALKS, most=7),
+        record(BEGINS + TALKS, rows='{"prompt": "x", "label": 1}\n'),
+        record(BEGINS.replace("= 2", "= 3") + TALKS),
+        record(BEGINS),
+    ):
+        assert other != plain
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        (BEGINS.replace("target", "harm") + TALKS, (), 'no suite has role = "target"'),
+        (BEGINS, (), 'no suite of kind = "fluency"'),
+        (BEGINS + TALKS, ("--target", "ends"), "has no suite 'ends'; it has 'begins with an n'"),
+        (BEGINS + TALKS, ("--target", "talks"), "perplexity is what is capped"),
+        (BEGINS + TALKS, ("--among", "layers"), "has no layers; add the stream 'resid_post'"),
+    ],
+)
+def test_a_suite_file_that_cannot_choose_says_what_it_lacks(place, tmp_path, text, flags, message):
+    there = place.copy(tmp_path / "place")
+    (there.folder / "suites.toml").write_text(HEAD + text)
+    done = there.select(*flags, code=1)
+    assert message in done.stderr
+
+
+def test_a_suite_of_every_split_cannot_choose(tmp_path, place):
+    there = place.copy(tmp_path / "place")
+    (there.folder / "suites.toml").write_text(HEAD + BEGINS + TALKS)
+    assert ValidationFile.load(there.folder / "suites.toml", most=8).targets
+    # TOML has no null: a library that writes the file may leave the field so.
+    from pipeline.evaluation.suite_file import load_suite_file
+    from pipeline.selection.validation import _moved
+
+    section = load_suite_file(there.folder / "suites.toml").suites[0]
+    with pytest.raises(InvalidInput, match="asks the rows of every split"):
+        _moved(section.model_copy(update={"split": None}), 8)
+
+
+def test_what_is_missing_is_named(place, tmp_path):
+    there = place.copy(tmp_path / "place")
+    done = there.select(suites=None, code=2)
+    assert "--suites" in done.stderr
+    shutil.rmtree(there.store / "reductions")
+    done = there.select(code=1)
+    assert "run `steerage reduce` on the same run file first" in done.stderr
+    with pytest.raises(NotFound, match="steerage select"):
+        selected_sites(there.root, "0" * 64)
+
+
+def test_by_score_nothing_is_run(place, tmp_path):
+    there = place.copy(tmp_path / "place")
+    found = there.select("--json", "--most-heads", "3", by="score", suites=None)
+    assert len(found["sites"]) == 3
+    assert there.measured == []
+    assert found["strength"] is None
+    aurocs = [row["auroc_validation"] for row in found["tried"]]
+    assert aurocs == sorted(aurocs, reverse=True)
+    assert [row["site"] for row in found["tried"][:3]] == found["sites"]
+
+
+# The journal
+
+
+def test_a_measurement_is_made_once(root):
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"share": 12.5, "kl": None}
+
+    key = {"sites": ["z.0.1"], "strength": 8.0}
+    first = Journal(root, {"prompts": "a"})
+    assert not first.has(key)
+    assert first.measured(key, measure) == first.measured(key, measure)
+    again = Journal(root, {"prompts": "a"})
+    assert again.has(key)
+    assert len(again) == 1
+    assert again.measured(key, measure) == {"share": 12.5, "kl": None}
+    assert len(calls) == 1
+    other = Journal(root, {"prompts": "b"})
+    assert (other.digest == first.digest, other.has(key)) == (False, False)
+
+
+def test_of_two_searches_that_measure_the_same_the_first_figures_stay(root):
+    key = {"sites": ["z.0.1"], "strength": 8.0}
+    slow, fast = Journal(root, {}), Journal(root, {})
+    assert fast.measured(key, lambda: {"share": 1.0}) == {"share": 1.0}
+    assert slow.measured(key, lambda: {"share": 2.0}) == {"share": 1.0}
+
+
+def test_an_object_that_is_no_measurement_is_named(root):
+    journal = Journal(root, {})
+    journal.measured({"a": 1}, lambda: {"share": 1.0})
+    (path,) = (
+        p for p in root.local_path().glob("measurements/*/*.json") if p.name != "request.json"
+    )
+    path.write_text("[")
+    with pytest.raises(InvalidInput, match=f"{path.name} is no measurement"):
+        Journal(root, {})
