@@ -6,6 +6,8 @@ model does with it.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import signal
@@ -17,9 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
+import pipeline.cli.select  # noqa: F401, it registers the command
+from pipeline.cli.app import app
 from pipeline.config import load_run_file
-from pipeline.errors import InvalidInput, NotFound
+from pipeline.errors import GateRefused, InvalidInput, NotFound
 from pipeline.prompts.plan import plan
 from pipeline.reduction.reduce import reduce
 from pipeline.selection.journal import Journal
@@ -83,13 +88,14 @@ class Place:
         run = ["select", str(self.folder / "run.toml"), "--store", str(self.store), "--by", by]
         return [STEERAGE, *run, *more, *flags]
 
-    def select(self, *flags, code=0, **options):
-        done = subprocess.run(
-            self.command(*flags, **options), capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == code, done.stderr
-        assert "Traceback" not in done.stderr
-        return json.loads(done.stdout) if "--json" in flags and not code else done
+    def select(self, *flags, **options):
+        """Run the command in this process, which spares the seconds of its imports."""
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            app(self.command(*flags, **options)[1:], standalone_mode=False)
+        if "--json" in flags:
+            return json.loads(out.getvalue().splitlines()[-1])
+        return " ".join(out.getvalue().split())
 
 
 @pytest.fixture(scope="module")
@@ -208,23 +214,25 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was_and_ends_the_same(place, sw
 
 def test_no_candidate_within_the_cap_is_a_refusal_with_the_figures(swept):
     there, _ = swept
-    done = there.select("--max-perplexity", "0.5", "--strengths", "-8,8", code=3)
-    assert "none of 48 candidates keeps the perplexity within 0.5" in done.stderr
-    assert "the least perplexity of 48 was" in done.stderr
+    before = there.measured
+    with pytest.raises(
+        GateRefused, match=r"none of 48 candidates keeps the perplexity within 0\.5.*of 48 was"
+    ):
+        there.select("--max-perplexity", "0.5", "--strengths", "-8,8")
+    # Another cap asks nothing anew.
+    assert there.measured == before
 
 
 def test_the_cost_is_said_before_and_a_dry_run_stops_there(place, tmp_path):
     there = place.copy(tmp_path / "place")
-    done = there.select("--dry-run", "--most-heads", "2", "--top", "4", by="forward")
-    said = " ".join(done.stderr.split())
+    said = there.select("--dry-run", "--most-heads", "2", "--top", "4", by="forward")
     # 24 heads and, from four, a second one among three others; five strengths, twelve prompts.
     assert f"at most {5 * (24 + 3)} candidates, each 12 answers generated" in said
     assert f"up to {5 * (24 + 3) * 12:,} generations" in said
     assert there.measured == []
-    done = there.select(
+    said = there.select(
         "--dry-run", "--from", "score", "--top", "4", "--prompts", "3", by="forward"
     )
-    said = " ".join(done.stderr.split())
     assert f"at most {5 * (4 + 3 + 2 + 1)} candidates, each 3 answers" in said
 
 
@@ -265,7 +273,6 @@ def test_the_name_of_measurements_is_what_they_depend_on(place, tmp_path):
     [
         (BEGINS.replace("target", "harm") + TALKS, (), 'no suite has role = "target"'),
         (BEGINS, (), 'no suite of kind = "fluency"'),
-        (BEGINS + TALKS, ("--target", "ends"), "has no suite 'ends'; it has 'begins with an n'"),
         (BEGINS + TALKS, ("--target", "talks"), "perplexity is what is capped"),
         (BEGINS + TALKS, ("--among", "layers"), "has no layers; add the stream 'resid_post'"),
     ],
@@ -273,8 +280,8 @@ def test_the_name_of_measurements_is_what_they_depend_on(place, tmp_path):
 def test_a_suite_file_that_cannot_choose_says_what_it_lacks(place, tmp_path, text, flags, message):
     there = place.copy(tmp_path / "place")
     (there.folder / "suites.toml").write_text(HEAD + text)
-    done = there.select(*flags, code=1)
-    assert message in done.stderr
+    with pytest.raises(InvalidInput, match=message):
+        there.select(*flags)
 
 
 def test_a_suite_of_every_split_cannot_choose(tmp_path, place):
@@ -292,11 +299,15 @@ def test_a_suite_of_every_split_cannot_choose(tmp_path, place):
 
 def test_what_is_missing_is_named(place, tmp_path):
     there = place.copy(tmp_path / "place")
-    done = there.select(suites=None, code=2)
-    assert "--suites" in done.stderr
+    with pytest.raises(typer.BadParameter, match="--suites"):
+        there.select(suites=None)
+    with pytest.raises(typer.BadParameter, match="other than 0"):
+        there.select("--strengths", "1,0")
+    with pytest.raises(NotFound, match="has no suite 'ends'; it has 'begins with an n'"):
+        there.select("--target", "ends")
     shutil.rmtree(there.store / "reductions")
-    done = there.select(code=1)
-    assert "run `steerage reduce` on the same run file first" in done.stderr
+    with pytest.raises(NotFound, match="run `steerage reduce` on the same run file first"):
+        there.select()
     with pytest.raises(NotFound, match="steerage select"):
         selected_sites(there.root, "0" * 64)
 
