@@ -9,7 +9,6 @@ Shapes: N entries of the index, R rows of a shard, G groups (position and class)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,8 @@ def position_directions(
             comes back.
 
     Yields:
-        Position and direction, by position, stream and layer.
+        Position and direction, by position, stream and layer; none where the classes do not differ,
+        as at the embedding of a token of the chat template.
 
     Raises:
         InvalidInput: Tokens that are not counted from the end, or no residual stream.
@@ -70,25 +70,20 @@ def position_directions(
         )
     sites = [Site.parse(f"{n}.{layer}") for n in streams for layer in cache.streams[n].layers]
     if len(positions) == 1:
-        yield from ((positions[0], reduction.direction(site)) for site in sites)
+        for site in sites:
+            layer = list(cache.streams[site.stream].layers).index(site.layer)
+            if reduction.directions_LW[site.stream][layer].any():
+                yield positions[0], reduction.direction(site)
         return
     counts_GA = _training_counts(cache, positions)
     means = {site: _mean_differences(cache, site, counts_GA) for site in sites}
     for number, position in enumerate(positions):
         for site in sites:
-            fitted = reduction.direction(site)
-            yield (
-                position,
-                # Norm and sigma of the reduction are of all tokens together.
-                replace(
-                    fitted,
-                    vector_D=means[site][number].astype(np.float32),
-                    sigma=0.0,
-                    activation_norm=0.0,
-                    scores={},
-                    lineage={**fitted.lineage, "position": position},
-                ),
-            )
+            vector_W = means[site][number].astype(np.float32)
+            if vector_W.any():
+                # Sigma and norm are for strengths in units; this one is applied as long as it is.
+                lineage = {"reduction": reduction.digest, "position": position}
+                yield position, Direction(site, vector_W, 0.0, 0.0, reduction.method, {}, lineage)
 
 
 def _training_counts(cache: ActivationCache, positions: list[int]) -> NDArray[np.float64]:

@@ -82,7 +82,7 @@ class RefusalRules:
         if not all(map(math.isfinite, (candidate.ablated, candidate.induced, candidate.kl))):
             found.append("a score is not finite")
         if source_layer(candidate.site) >= first_dropped:
-            found.append(f"in the last {self.last_share:.0%} of the layers")
+            found.append(f"among the last {self.last_share:.0%} of layers")
         if candidate.kl > self.max_kl:
             found.append(f"KL {candidate.kl:.3g} > {self.max_kl:g}")
         if candidate.induced < self.min_induced:

@@ -300,7 +300,7 @@ def test_layers_are_counted_by_the_block_input_that_a_direction_belongs_to():
     assert RefusalRules().objections(fine, LAYERS) == []
     for site in (Site("resid_pre", 8), Site("resid_post", 7)):
         assert RefusalRules().objections(replace(fine, site=site), LAYERS) == [
-            "in the last 20% of the layers"
+            "among the last 20% of layers"
         ]
 
 
