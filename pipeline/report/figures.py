@@ -9,9 +9,9 @@ Shapes: L layers, H heads.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import matplotlib as mpl
 import numpy as np
@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 COLOURS: Final = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00")
 GREY: Final = "#8a8a8a"
 _INK: Final = {"light": "#1c2733", "dark": "#e6e9ee"}
+_PAPER: Final = {"light": "#ffffff", "dark": "#14181d"}
+_BITMAP_DPI: Final = 192
+"""Two pixels for each of a page's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,24 +191,51 @@ def both(draw: Callable[[Figure], None], size: tuple[float, float], alt: str) ->
         alt: See `Drawing`.
     """
     drawn = {}
-    for theme, ink in _INK.items():
-        settings: Any = {
-            "text.color": ink,
-            "axes.labelcolor": ink,
-            "axes.edgecolor": ink,
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "xtick.color": ink,
-            "ytick.color": ink,
-            "font.size": 10,
-            "svg.hashsalt": "steerage",
-        }
-        with mpl.rc_context(settings):
-            figure = Figure(figsize=size, layout="constrained")
-            draw(figure)
-            sink = io.StringIO()
-            # No date in the metadata: the same numbers give the same file.
-            figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
+    for theme in _INK:
+        sink = io.StringIO()
+        # No date in the metadata: the same numbers give the same file.
+        save = {"format": "svg", "transparent": True, "metadata": {"Date": None}}
+        _draw(draw, size, theme, sink, save)
         text = sink.getvalue()
         drawn[theme] = text[text.index("<svg") :]
     return Drawing(drawn["light"], drawn["dark"], alt)
+
+
+def bitmap(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:
+    """The light drawing as a PNG on white paper, two pixels for each of a page's.
+
+    Args:
+        draw: Draws it.
+        size: Width and height in inches.
+    """
+    sink = io.BytesIO()
+    _draw(draw, size, "light", sink, {"format": "png", "dpi": _BITMAP_DPI})
+    return sink.getvalue()
+
+
+def _draw(
+    draw: Callable[[Figure], None],
+    size: tuple[float, float],
+    theme: str,
+    sink: IO[Any],
+    save: Mapping[str, Any],
+) -> None:
+    ink, paper = _INK[theme], _PAPER[theme]
+    settings: Any = {
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.edgecolor": ink,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "xtick.color": ink,
+        "ytick.color": ink,
+        # Not painted on a page, but what is drawn may ask for it.
+        "figure.facecolor": paper,
+        "axes.facecolor": paper,
+        "font.size": 10,
+        "svg.hashsalt": "steerage",
+    }
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(sink, **save)
