@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.app import app
-from pipeline.cli.batch import planning
+from pipeline.cli.batch import planning, reduction_of
 from pipeline.cli.options import (
     DEFAULT_STORE,
     AsJson,
@@ -21,7 +20,9 @@ from pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.config import RunFile
+    from pipeline.reduction.results import Reduction
+    from store.activations import ActivationCache
+    from store.location import Location
 
 
 @app.command()
@@ -44,23 +45,25 @@ def report(
     with the run file's. Nothing is computed anew but the sparsity curve, which reads one layer.
     """
     run, root, planned = planning(run_file, store)
-    from pipeline.reduction.comparing import stored_reductions
-    from pipeline.reduction.results import Reduction, reduction_digest
+    from pipeline.reduction.comparing import stored_beside
+    from pipeline.reduction.methods import DEFAULT_PARAMETERS
     from pipeline.report.environment import environment
     from pipeline.report.reduction_page import write_reduction_report
     from pipeline.report.reduction_sections import Subject
 
-    cache = planned.cache
-    digest = reduction_digest(cache.digest, run.reduce.method, run.reduce.parameters)
-    reduction = Reduction.open(root, digest)
+    reduction = reduction_of(run, planned, store)
     with stderr.status("drawing the report"):
         summary = write_reduction_report(
             out,
             Subject(
                 name=run.name,
                 reduction=reduction,
-                others=stored_reductions(root, cache.digest, _others(run)),
-                cache=cache if cache.is_complete else None,
+                others=stored_beside(
+                    root,
+                    reduction,
+                    {method: run.reduce.parameters(method) for method in DEFAULT_PARAMETERS},
+                ),
+                caches=_caches(root, reduction),
                 corpus_files=[file.name for file in run.prompts.files],
                 environment=environment(),
             ),
@@ -75,12 +78,12 @@ def report(
     stdout.print(f"report: {summary['report']}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _others(run: RunFile) -> dict[str, Mapping[str, int | float]]:
-    """The methods beside the run file's, with those of its parameters that they have."""
-    from pipeline.reduction.methods import DEFAULT_PARAMETERS
+def _caches(root: Location, reduction: Reduction) -> list[ActivationCache]:
+    """Those of a reduction's rows of which activations are still in the store."""
+    from store.activations import ActivationCache
 
-    return {
-        method: {name: run.reduce.parameters.get(name, value) for name, value in defaults.items()}
-        for method, defaults in DEFAULT_PARAMETERS.items()
-        if method != run.reduce.method
-    }
+    digests = [reduction.capture_digest, *reduction.extends]
+    names = [reduction.rows_from.get(digest, digest) for digest in digests]
+    there = set(ActivationCache.list_digests(root))
+    caches = [ActivationCache.open(root, name) for name in names if name in there]
+    return [cache for cache in caches if cache.is_complete]

@@ -1,7 +1,6 @@
 """Comparing: how directions agree between methods and layers, and how few entries would do.
 
-Shapes: K directions, L layers, W width of a stream, D width of a site, N samples, R rows of a
-shard, F fractions.
+Shapes: K directions, W width of a stream, D width of a site, N samples, R rows of a shard.
 """
 
 from __future__ import annotations
@@ -9,18 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import InvalidInput
+from pipeline.reduction.directions import split_heads
 from pipeline.reduction.results import Reduction, reduction_digest
-from pipeline.reduction.samples import read_samples
-from pipeline.reduction.scores import auroc
-from steering_service.core.site import Site
+from pipeline.reduction.samples import Samples, read_samples
+from pipeline.reduction.sparse import SparsityCurve, sparsity_curve
+from steering_service.core.direction import Direction
 from store.activations import ActivationCache
 from store.bfloat16 import to_float32
+from store.layout import StreamLayout
 from store.location import Location
 
 ANTIDOTE_FRACTION: Final = 0.05
@@ -29,44 +29,37 @@ FRACTIONS: Final = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, ANTIDOTE_FRACTION),
     *(0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0),
 )
-MAX_ROWS: Final = 20_000
+MOST_READ: Final = 4096
+"""Held-out samples that a sparsity curve is of; 128 MiB where a site is 8192 wide. An AUROC of so
+many is known to a point."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SparsityCurve:
-    """What is left of a direction where only its largest entries are kept.
+class Sparsity:
+    """What is left of a direction where only some of its entries are kept.
 
     Attributes:
-        site: Where.
-        width: D.
-        num_kept_F: Int64 [F], increasing; the last is D.
-        norm_F: Float64 [F], share of the direction's norm that those entries have.
-        auroc_F: Float64 [F], of projections of held-out rows on the masked direction; its length
-            does not matter. NaN where a class has no row.
-        random_auroc_F: Float64 [F], with as many entries chosen at random (seed 0).
-        num_samples: Held-out samples that these are of, 0 where there is no cache to read.
+        direction: Whole.
+        largest: Where its largest entries are kept; those numbers of entries that are none, or the
+            same as another, are left out.
+        random: Where as many are kept at random.
+        num_samples: Held-out samples that the AUROCs are of.
     """
 
-    site: Site
-    width: int
-    num_kept_F: NDArray[np.int64]
-    norm_F: NDArray[np.float64]
-    auroc_F: NDArray[np.float64]
-    random_auroc_F: NDArray[np.float64]
+    direction: Direction
+    largest: SparsityCurve
+    random: SparsityCurve
     num_samples: int
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return len(self.direction.vector_D)
+
     def at(self, fraction: float) -> int | None:
-        """Where int(fraction * D) entries are kept, as `sparse.top_fraction` does."""
-        found = np.flatnonzero(self.num_kept_F == int(fraction * self.width))
+        """The point at which int(fraction * D) entries are kept, if any are."""
+        found = np.flatnonzero(self.largest.num_kept_K == int(fraction * self.width))
         return int(found[0]) if len(found) else None
-
-
-def direction_at(reduction: Reduction, site: Site) -> NDArray[np.float64]:
-    """Float64 [D], a reduction's vector at a site. Unlike `Reduction.direction`, it may be zero."""
-    layer = list(reduction.capture["layers"]).index(site.layer)
-    vector_1W = reduction.directions_LW[site.stream][layer : layer + 1]
-    vector_D = _site_columns(vector_1W, site, reduction.num_heads or 1)[0]
-    return np.asarray(vector_D, np.float64)
 
 
 def cosines(vectors_KD: NDArray[Any]) -> NDArray[np.float64]:
@@ -82,20 +75,24 @@ def cosines(vectors_KD: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(np.clip(unit_KD @ unit_KD.T, -1.0, 1.0))
 
 
-def stored_reductions(
-    root: Location, capture_digest: str, wanted: Mapping[str, Mapping[str, int | float]]
+def stored_beside(
+    root: Location, reduction: Reduction, wanted: Mapping[str, Mapping[str, int | float]]
 ) -> list[Reduction]:
-    """What else of a cache has been computed, at most one reduction a method.
+    """What other methods have found in the same rows, at most one reduction a method.
 
     Args:
+        root: The store that they are in.
+        reduction: To be compared with; its own method is left out.
         wanted: Parameters by method. A method that is not stored with these is looked for in the
             records of all reductions, and the one of the first digest is taken.
 
     Returns:
         In the order of `wanted`.
     """
+    capture, extends = reduction.capture_digest, reduction.extends
+    wanted = {name: value for name, value in wanted.items() if name != reduction.method}
     digests = {
-        method: reduction_digest(capture_digest, method, parameters)
+        method: reduction_digest(capture, method, parameters, extends)
         for method, parameters in wanted.items()
     }
     found = {method: name for method, name in digests.items() if Reduction.exists(root, name)}
@@ -105,106 +102,74 @@ def stored_reductions(
                 # What a killed run has left.
                 continue
             record = json.loads(root.get(f"reductions/{name}/reduction.json"))
-            if record["capture_digest"] == capture_digest and record["method"] in wanted:
+            same_rows = (record["capture_digest"], tuple(record.get("extends", ()))) == (
+                capture,
+                tuple(extends),
+            )
+            if same_rows and record["method"] in wanted:
                 found.setdefault(record["method"], name)
     return [Reduction.open(root, found[method]) for method in wanted if method in found]
 
 
-def sparsity_curve(
-    reduction: Reduction,
-    site: Site,
-    cache: ActivationCache | None,
+def sparsity(
+    direction: Direction,
+    caches: Sequence[ActivationCache],
+    split: str,
     *,
-    split: Literal["validation", "test"] = "test",
     fractions: Sequence[float] = FRACTIONS,
-    max_rows: int = MAX_ROWS,
-) -> SparsityCurve:
+    most_read: int = MOST_READ,
+) -> Sparsity:
     """What a direction keeps as fewer of its entries are kept.
 
-    Reads one layer, a shard at a time; in memory are one shard's layer and 2 F numbers a sample. Of
-    more than `max_rows` held-out samples, those of every second (third, …) shard are read.
-
     Args:
-        reduction: Where the direction comes from.
-        site: Which; its direction must not be zero.
-        cache: Complete; None where its activations are not stored, which leaves the norms.
-        split: Which samples are projected.
-        fractions: Of the entries, above 0 and at most 1; those that would keep none are left out,
-            and all entries are always among them.
-
-    Raises:
-        InvalidInput: kind "direction_zero".
+        direction: Where it was fitted.
+        caches: Complete ones, of which one layer is read, a shard at a time; none leaves the AUROCs
+            NaN.
+        split: Whose samples are projected.
+        fractions: Of the entries, 0 to 1.
+        most_read: Of more held-out samples, those of every second (third, …) shard are read. In
+            memory are these and one shard's layer.
     """
-    vector_D = direction_at(reduction, site)
-    if not vector_D.any():
-        raise InvalidInput(
-            f"reduction {reduction.digest[:12]}: the direction at {site} is zero, so nothing of it "
-            "can be kept; choose another site",
-            kind="direction_zero",
-        )
-    width = len(vector_D)
-    kept = {int(fraction * width) for fraction in fractions} | {width}
-    num_kept_F = np.array(sorted(kept - {0}), np.int64)
-    by_size = np.argsort(-np.abs(vector_D), kind="stable")
-    by_chance = np.random.default_rng(0).permutation(width)
-    masked_D2F = np.zeros((width, 2 * len(num_kept_F)), np.float32)
-    for column, order in enumerate((by_size, by_chance)):
-        for number, num_kept in enumerate(num_kept_F):
-            chosen = order[:num_kept]
-            masked_D2F[chosen, column * len(num_kept_F) + number] = vector_D[chosen]
-    norms_F = np.linalg.norm(masked_D2F[:, : len(num_kept_F)].astype(np.float64), axis=0)
-    values, labels = _held_out(cache, site, split, masked_D2F, max_rows) if cache else ([], [])
-    aurocs_2F = np.full(2 * len(num_kept_F), np.nan)
-    if values:
-        values_N2F, label_N = np.concatenate(values), np.concatenate(labels)
-        # One column at a time: ranks take twice the memory.
-        aurocs_2F = np.array(
-            [auroc(values_N2F[:, i : i + 1], label_N)[0] for i in range(values_N2F.shape[1])]
-        )
-    return SparsityCurve(
-        site=site,
-        width=width,
-        num_kept_F=num_kept_F,
-        norm_F=norms_F / norms_F[-1],
-        auroc_F=aurocs_2F[: len(num_kept_F)],
-        random_auroc_F=aurocs_2F[len(num_kept_F) :],
-        num_samples=sum(map(len, labels)),
+    width = len(direction.vector_D)
+    chosen = {int(fraction * width): fraction for fraction in sorted(fractions, reverse=True)}
+    kept = [chosen[num_kept] for num_kept in sorted(chosen) if num_kept]
+    values_ND, label_N = _held_out(direction, caches, split, most_read)
+    # Of a permutation of 1 to D, the largest are entries at random.
+    chance_D = 1 + np.random.default_rng(0).permutation(width).astype(np.float64)
+    return Sparsity(
+        direction,
+        sparsity_curve(direction, values_ND, label_N, kept),
+        sparsity_curve(direction, values_ND, label_N, kept, statistic_D=chance_D),
+        len(label_N),
     )
 
 
 def _held_out(
-    cache: ActivationCache,
-    site: Site,
-    split: str,
-    vectors_DK: NDArray[np.float32],
-    max_rows: int,
-) -> tuple[list[NDArray[np.float32]], list[NDArray[np.bool_]]]:
-    """Projections [R, K] and classes of a split's samples, a part a shard that was read."""
-    layout = cache.layout(site.stream)
-    samples = read_samples(cache)
-    label_N = samples.label_N
-    held_N = samples.split_N == split
-    chosen = np.flatnonzero(held_N)
-    by_shard = chosen[np.argsort(samples.row_N[chosen], kind="stable")]
-    edges = np.searchsorted(
-        samples.row_N[by_shard], [layout.shard_rows(s).start for s in range(layout.num_shards)]
-    )
-    parts = np.split(by_shard, edges[1:])
-    filled = [shard for shard, part in enumerate(parts) if len(part)]
-    step = max(1, -(-len(chosen) // max_rows))
-    values, labels = [], []
-    for shard in filled[::step]:
-        h_RW = to_float32(cache.read_layer(site.stream, site.layer, shard))
-        h_RD = _site_columns(h_RW, site, layout.num_heads or 1)
-        rows = samples.row_N[parts[shard]] - layout.shard_rows(shard).start
-        values.append(h_RD[rows] @ vectors_DK)
-        labels.append(label_N[parts[shard]])
-    return values, labels
+    direction: Direction, caches: Sequence[ActivationCache], split: str, most_read: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """A split's activations at a direction's site, float32 [N, D], and their classes, bool [N]."""
+    site = direction.site
+    values = [np.zeros((0, len(direction.vector_D)), np.float32)]
+    labels = [np.zeros(0, np.bool_)]
+    held = [(cache, read_samples(cache)) for cache in caches]
+    num_held = sum(int((samples.split_N == split).sum()) for _, samples in held)
+    step = max(1, -(-num_held // most_read))
+    for cache, samples in held:
+        layout, label_N = cache.layout(site.stream), samples.label_N
+        for shard, chosen in _by_shard(samples, split, layout)[::step]:
+            h_RW = to_float32(cache.read_layer(site.stream, site.layer, shard))
+            h_RHD = split_heads(h_RW, layout)
+            rows = samples.row_N[chosen] - layout.shard_rows(shard).start
+            # Picked by number it is a copy, so that the shard can go.
+            values.append(h_RHD[rows, site.head or 0])
+            labels.append(label_N[chosen])
+    return np.concatenate(values), np.concatenate(labels)
 
 
-def _site_columns(h_RW: NDArray[Any], site: Site, num_heads: int) -> NDArray[Any]:
-    """A view [R, D] of a layer's activations [R, W]: a head's, or all of them."""
-    if site.head is None:
-        return h_RW
-    width = h_RW.shape[1] // num_heads
-    return h_RW[:, site.head * width : (site.head + 1) * width]
+def _by_shard(
+    samples: Samples, split: str, layout: StreamLayout
+) -> list[tuple[int, NDArray[np.int64]]]:
+    """Shards that hold samples of a split, and which these are."""
+    chosen = np.flatnonzero(samples.split_N == split)
+    shard_of = samples.row_N[chosen] // layout.rows_per_shard
+    return [(int(shard), chosen[shard_of == shard]) for shard in np.unique(shard_of)]

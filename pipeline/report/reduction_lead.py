@@ -7,6 +7,7 @@ from typing import Final
 
 import numpy as np
 
+from pipeline.reduction.held_out import MOST_SCORED
 from pipeline.reduction.results import Reduction
 from pipeline.report.score_table import interval, number
 from pipeline.report.site_scores import SIGNIFICANT, SiteScores
@@ -21,17 +22,14 @@ METHOD_NAMES: Final = {
 _FEW_ROWS: Final = 50
 _WIDE: Final = 0.1
 _UNSTABLE: Final = 0.8
+_FAR: Final = 0.75
 _SITES_NAMED: Final = 5
-
-
-def method_name(method: str) -> str:
-    """A method as people call it."""
-    return METHOD_NAMES.get(method, method.replace("_", " "))
 
 
 def rows_of(reduction: Reduction, split: str) -> tuple[int, int]:
     """Positive and negative samples of a split."""
-    return tuple(int(reduction.counts.get(f"{split}_{c}", 0)) for c in ("positive", "negative"))  # type: ignore[return-value]
+    counts = reduction.counts
+    return counts[f"{split}_positive"], counts[f"{split}_negative"]
 
 
 def lead(reduction: Reduction, scores: SiteScores) -> list[str]:
@@ -42,34 +40,18 @@ def lead(reduction: Reduction, scores: SiteScores) -> list[str]:
             "the directions are there, but how well they tell the classes apart is not known. "
             "Raise prompts.validation_share and prompts.test_share and reduce again."
         ]
-    rows = sum(rows_of(reduction, scores.reported))
-    sentences = []
-    best = [(kind, scores.best(heads=kind == "head")) for kind in ("layer", "head")]
+    best = [("layer", scores.best(heads=False)), ("head", scores.best(heads=True))]
     found = [(kind, site) for kind, site in best if site is not None]
     parts = [f"the best {kind} is {_with_auroc(scores, site)}" for kind, site in found]
-    sentences.append(
-        f"Along the {method_name(reduction.method)}, {'; '.join(parts)}. That is on {rows:,} "
-        f"{scores.reported} rows that nothing was fitted on; 0.5 is chance, 1 is perfect."
-    )
-    if text := _survivors(scores) + _controls(scores, found[0][1]):
-        sentences.append(text.strip())
-    half = scores.column("split_half_cosine")[found[0][1]]
-    train = sum(rows_of(reduction, "train"))
-    sentences.append(
-        (
-            f"Fitted on either half of the training rows alone, the two directions at "
-            f"{scores.sites[found[0][1]]} have a cosine of {number(half, 2)}. "
-            if np.isfinite(half)
-            else ""
-        )
-        + f"{train:,} rows were fitted on"
-        + (
-            f"; the best sites were chosen on {sum(rows_of(reduction, 'validation')):,} others."
-            if scores.chosen == "validation" and scores.reported == "test"
-            else "."
-        )
-    )
-    return sentences
+    site = found[0][1]
+    sentences = [
+        f"Along the {METHOD_NAMES[reduction.method]}, {'; '.join(parts)}. That is on "
+        f"{_num_scored(reduction, scores.reported)} rows that nothing was fitted on; 0.5 is "
+        "chance, 1 is perfect.",
+        _survivors(scores) + _controls(scores, site),
+        _stability(scores, site) + _rows(reduction, scores),
+    ]
+    return [sentence.strip() for sentence in sentences if sentence]
 
 
 def doubts(reduction: Reduction, scores: SiteScores) -> list[str]:
@@ -102,9 +84,32 @@ def doubts(reduction: Reduction, scores: SiteScores) -> list[str]:
 def _with_auroc(scores: SiteScores, site: int) -> str:
     low, high = scores.column("auroc_low_test")[site], scores.column("auroc_high_test")[site]
     text = f"{scores.sites[site]} with AUROC {number(scores.held_out('auroc')[site])}"
-    if scores.reported == "test" and interval(low, high) != "–":
+    if np.isfinite(high - low):
         text += f" (95\u00a0% interval {interval(low, high)})"
     return text
+
+
+def _num_scored(reduction: Reduction, split: str) -> str:
+    """Of more rows, scores are of a draw."""
+    rows = sum(rows_of(reduction, split))
+    return f"{MOST_SCORED:,} of {rows:,} {split}" if rows > MOST_SCORED else f"{rows:,} {split}"
+
+
+def _stability(scores: SiteScores, site: int) -> str:
+    cosine = scores.column("split_half_cosine")[site]
+    if np.isnan(cosine):
+        return ""
+    return (
+        f"Fitted on either half of the training rows alone, the two directions at "
+        f"{scores.sites[site]} have a cosine of {number(cosine, 2)}. "
+    )
+
+
+def _rows(reduction: Reduction, scores: SiteScores) -> str:
+    text = f"{sum(rows_of(reduction, 'train')):,} rows were fitted on"
+    if scores.chosen != scores.reported:
+        text += f"; the best sites were chosen on {sum(rows_of(reduction, 'validation')):,} others"
+    return f"{text}."
 
 
 def _survivors(scores: SiteScores) -> str:
@@ -117,7 +122,7 @@ def _survivors(scores: SiteScores) -> str:
             parts.append(f"{num:,} of {len(tested):,} {name}")
     if not parts:
         return ""
-    verb = "survives" if parts[0].startswith("1 ") else "survive"
+    verb = "survives" if len(parts) == 1 and parts[0].startswith("1 ") else "survive"
     return f"{' and '.join(parts)} {verb} the permutation control (q < {SIGNIFICANT}). "
 
 
@@ -172,19 +177,22 @@ def _of_site(scores: SiteScores, site: int) -> list[str]:
         found.append(f"{name} does not survive the permutation control (q = {number(q, 2)}).")
     bar = low if np.isfinite(low) else value
     reach = (scores.control("random")[site], scores.control("shuffled")[site])
+    words = ("a random direction", "one fitted on shuffled labels")
     near = [
-        f"{words} ({number(control, 2)})"
-        for words, control in zip(
-            ("a random direction", "one fitted on shuffled labels"), reach, strict=True
-        )
+        f"{what} ({number(control, 2)})"
+        for what, control in zip(words, reach, strict=True)
         if control >= bar
     ]
     if near:
-        verb = "tell" if len(near) > 1 else "tells"
+        why = (
+            "the classes differ along almost any direction there, so the AUROC does not single "
+            "this one out"
+            if np.nanmax(reach) > _FAR
+            else "its AUROC is hardly above chance"
+        )
+        verb = "come" if len(near) > 1 else "comes"
         found.append(
-            f"At {name}, {' and '.join(near)} {verb} the classes apart as well as the fitted one: "
-            "they differ along almost any direction there, so the AUROC does not single this one "
-            "out."
+            f"At {name}, {' and '.join(near)} {verb} as far as the fitted direction: {why}."
         )
     half = scores.column("split_half_cosine")[site]
     if half < _UNSTABLE:

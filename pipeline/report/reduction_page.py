@@ -8,7 +8,7 @@ from typing import Any, Final
 from pipeline.evaluation.completions import write_whole
 from pipeline.reduction.results import Reduction
 from pipeline.report.page import render_page
-from pipeline.report.reduction_lead import doubts, lead, method_name, rows_of
+from pipeline.report.reduction_lead import METHOD_NAMES, doubts, lead, rows_of
 from pipeline.report.reduction_sections import (
     Subject,
     agreement_sections,
@@ -58,7 +58,7 @@ def write_reduction_report(folder: Path, subject: Subject) -> dict[str, Any]:
         "reduction.html.j2",
         title=f"{subject.name}: where the model tells the classes apart",
         subtitle=[
-            f"Method: {method_name(reduction.method)}",
+            f"Method: {METHOD_NAMES[reduction.method]}",
             f"model “{_model(reduction, 'name')}”",
             f"reduction {reduction.digest[:12]}",
         ],
@@ -143,6 +143,7 @@ def _provenance(subject: Subject) -> dict[str, str]:
         "prompt files": ", ".join(subject.corpus_files),
         "corpus": str(capture.get("corpus", "unknown")),
         "capture": reduction.capture_digest,
+        **({"and of captures": ", ".join(reduction.extends)} if reduction.extends else {}),
         "streams": ", ".join(capture.get("streams", reduction.directions_LW)),
         "layers": f"{layers[0]} to {layers[-1]}, {len(layers)} of them",
         "tokens": str(capture.get("tokens", "unknown")),

@@ -14,15 +14,13 @@ import numpy as np
 
 from pipeline.reduction.comparing import (
     ANTIDOTE_FRACTION,
-    SparsityCurve,
     cosines,
-    direction_at,
-    sparsity_curve,
+    sparsity,
 )
 from pipeline.reduction.results import Reduction
 from pipeline.report import comparing_figures, separability_figures
 from pipeline.report.charts import Chart
-from pipeline.report.reduction_lead import method_name
+from pipeline.report.reduction_lead import METHOD_NAMES
 from pipeline.report.score_table import HEADINGS, number, score_table
 from pipeline.report.separability_figures import Classes, LayerLine
 from pipeline.report.site_scores import SiteScores
@@ -37,7 +35,7 @@ class Subject:
         name: Of the run.
         reduction: Shown.
         others: Of the same cache by other methods, to compare with.
-        cache: Complete, to read held-out rows from; None where its activations are not stored.
+        caches: Complete, to read held-out rows from; none where activations are not stored.
         corpus_files: Names of the prompt files.
         environment: Device and versions.
     """
@@ -45,7 +43,7 @@ class Subject:
     name: str
     reduction: Reduction
     others: Sequence[Reduction]
-    cache: ActivationCache | None
+    caches: Sequence[ActivationCache]
     corpus_files: Sequence[str]
     environment: Mapping[str, str]
 
@@ -70,6 +68,7 @@ class Section:
 
 
 def layers_section(scores: SiteScores) -> Section:
+    """Separability of every layer, with intervals and controls."""
     title = "Layer by layer"
     if not scores.streams():
         return Section(
@@ -83,15 +82,13 @@ def layers_section(scores: SiteScores) -> Section:
     lines = []
     for stream in scores.streams():
         chosen = scores.of_stream(stream)
-        is_test = scores.reported == "test"
-        nothing = np.full(len(chosen), np.nan)
         lines.append(
             LayerLine(
                 stream,
                 [scores.sites[n].layer for n in chosen],
                 scores.held_out("auroc")[chosen],
-                scores.column("auroc_low_test")[chosen] if is_test else nothing,
-                scores.column("auroc_high_test")[chosen] if is_test else nothing,
+                scores.column("auroc_low_test")[chosen],
+                scores.column("auroc_high_test")[chosen],
                 scores.control("random")[chosen],
                 scores.control("shuffled")[chosen],
                 list(chosen).index(best) if best in chosen else None,
@@ -118,6 +115,7 @@ def layers_section(scores: SiteScores) -> Section:
 
 
 def heads_section(scores: SiteScores) -> Section:
+    """Separability of every head, and which do not stand out from chance."""
     title = "Head by head"
     chosen = scores.numbers(heads=True)
     if not len(chosen):
@@ -167,6 +165,7 @@ def heads_section(scores: SiteScores) -> Section:
 
 
 def histograms_section(scores: SiteScores) -> Section:
+    """Projections of the classes at the best layer and the best head."""
     title = "The two classes, along the best directions"
     shown = [
         Classes(str(scores.sites[n]), scores.histograms[scores.sites[n]], scores.column("sigma")[n])
@@ -202,13 +201,15 @@ def histograms_section(scores: SiteScores) -> Section:
 
 
 def agreement_sections(subject: Subject, scores: SiteScores) -> tuple[Section, Section]:
+    """Cosines between methods at the best layer, and between the layers of its stream."""
     reduction = subject.reduction
     best = _shown_site(scores)
     site = scores.sites[best]
     compared = [reduction, *subject.others]
-    names = _names(compared)
+    names = [METHOD_NAMES[other.method] for other in compared]
     if len(compared) > 1:
-        cosine_MM = cosines(np.stack([direction_at(other, site) for other in compared]))
+        vectors = [other.at_site(other.directions_LW, site) for other in compared]
+        cosine_MM = cosines(np.stack(vectors))
         methods = Section(
             "Do methods and layers agree?",
             f"Cosine between the directions that methods find at {site}: 1 is the same direction, "
@@ -223,7 +224,7 @@ def agreement_sections(subject: Subject, scores: SiteScores) -> tuple[Section, S
     else:
         methods = Section(
             "Do methods and layers agree?",
-            f"Only one method, the {method_name(reduction.method)}, has been computed for this "
+            f"Only one method, the {METHOD_NAMES[reduction.method]}, has been computed for this "
             "capture, so there is none to compare it with: name more under [reduce], and run "
             "`steerage reduce` again.",
         )
@@ -254,61 +255,59 @@ def agreement_sections(subject: Subject, scores: SiteScores) -> tuple[Section, S
 
 
 def sparsity_section(subject: Subject, scores: SiteScores) -> Section:
-    title = "How few entries would do"
+    """Norm and AUROC that fewer entries of the best direction keep."""
+    title, reduction = "How few entries would do", subject.reduction
     site = scores.sites[_shown_site(scores)]
-    if not direction_at(subject.reduction, site).any():
-        return Section(title, f"The direction at {site} is zero: nothing varies there.")
-    curve = sparsity_curve(subject.reduction, site, subject.cache, split=scores.reported or "test")
-    at = curve.at(ANTIDOTE_FRACTION)
-    has_auroc = bool(np.isfinite(curve.auroc_F).any())
+    if not reduction.at_site(reduction.directions_LW, site).any():
+        return Section(title, f"The direction at {site} is zero, as nothing varies there.")
+    split = scores.reported or "test"
+    found = sparsity(reduction.direction(site), subject.caches, split)
+    curve, at = found.largest, found.at(ANTIDOTE_FRACTION)
+    has_auroc = bool(np.isfinite(curve.auroc_K).any())
     reading = (
-        f"What is left at {site} where only the largest of its {curve.width:,} entries are kept."
+        f"What is left at {site} where only the largest of its {found.width:,} entries are kept."
     )
     if at is not None:
         reading += (
-            f" 5\u00a0% of them ({curve.num_kept_F[at]:,}) hold "
-            f"{100 * curve.norm_F[at]:.0f}\u00a0% of the norm"
+            f" 5\u00a0% of them ({curve.num_kept_K[at]:,}) hold "
+            f"{100 * curve.norm_share_K[at]:.0f}\u00a0% of the norm"
         )
         if has_auroc:
             reading += (
-                f" and an AUROC of {number(curve.auroc_F[at])}, against "
-                f"{number(curve.auroc_F[-1])} for all, on {curve.num_samples:,} {scores.reported} "
-                "rows. At equal strength a mask lowers the dose as the norm falls"
+                f" and an AUROC of {number(curve.auroc_K[at])}, against "
+                f"{number(curve.auroc_K[-1])} for all, on {found.num_samples:,} {split} rows. At "
+                "equal strength, a mask lowers the dose as the norm falls"
             )
         reading += "."
     else:
         reading += " 5\u00a0% of them would be none."
     if not has_auroc:
         reading += (
-            " The AUROC is not known, as the activations are not in the store."
-            if subject.cache is None
-            else " The AUROC is not known, as no rows of both classes were held out."
+            " The AUROC is not known, as no rows of both classes were held out."
+            if subject.caches
+            else " The AUROC is not known, as the activations are not in the store."
         )
+    rows = zip(
+        *(curve.num_kept_K, curve.norm_share_K, curve.auroc_K, found.random.auroc_K), strict=True
+    )
     return Section(
         title,
         reading,
-        comparing_figures.sparsity(curve, str(scores.reported)),
+        comparing_figures.sparsity_curves(found, split),
         (
             ["entries kept", "share", "norm kept", "AUROC", "AUROC, entries at random"],
-            _curve_rows(curve),
+            [
+                [
+                    f"{num:,}",
+                    f"{100 * num / found.width:.3g}\u00a0%",
+                    f"{100 * norm:.1f}\u00a0%",
+                    *(number(auroc), number(random)),
+                ]
+                for num, norm, auroc, random in rows
+            ],
         ),
         "The curve as a table",
     )
-
-
-def _curve_rows(curve: SparsityCurve) -> list[list[str]]:
-    return [
-        [
-            f"{num:,}",
-            f"{100 * num / curve.width:.3g}\u00a0%",
-            f"{100 * norm:.1f}\u00a0%",
-            number(auroc),
-            number(random),
-        ]
-        for num, norm, auroc, random in zip(
-            curve.num_kept_F, curve.norm_F, curve.auroc_F, curve.random_auroc_F, strict=True
-        )
-    ]
 
 
 def _shown_site(scores: SiteScores) -> int:
@@ -318,7 +317,3 @@ def _shown_site(scores: SiteScores) -> int:
             return best
     chosen = scores.numbers(heads=not len(scores.numbers(heads=False)))
     return int(chosen[len(chosen) // 2])
-
-
-def _names(compared: Sequence[Reduction]) -> list[str]:
-    return [method_name(reduction.method) for reduction in compared]

@@ -35,7 +35,7 @@ def score_table(scores: SiteScores, numbers: Sequence[int]) -> list[list[str]]:
             [
                 str(scores.sites[n]),
                 number(scores.held_out("auroc")[n]),
-                interval(low, high) if scores.reported == "test" else "–",
+                interval(low, high),
                 _q(scores.column("q_test")[n]),
                 number(scores.column(f"auroc_{scores.chosen}")[n]),
                 number(scores.held_out("accuracy")[n]),

@@ -160,6 +160,9 @@ def _histograms(table: Any, sites: Sequence[Site]) -> dict[Site, Histogram]:
     rows = zip(sites, *(table[name].to_pylist() for name in names), strict=True)
     for site, start, stop, positive, negative in rows:
         if positive and negative and np.isfinite([start, stop]).all() and sum(positive + negative):
+            if stop <= start:
+                # All rows are equal, but bins need a width.
+                start, stop = start - 0.5, start + 0.5
             found[site] = Histogram(
                 np.linspace(start, stop, len(positive) + 1),
                 np.array(positive, np.int64),
