@@ -23,6 +23,11 @@ from store.shard import (
 )
 
 NUM_READERS = 8
+"""Threads that read ahead from a bucket, where one request is slow and many are not."""
+_READS_AHEAD = 2
+"""From a local disk, with one thread: two workers of one thread each read what a disk gives. More
+threads cost a third more processor time, as each has fresh memory to be mapped.
+"""
 _MAX_INDEXES = 4096  # of about 5 kB each
 
 
@@ -79,19 +84,23 @@ class ShardReader:
         self, layout: StreamLayout, layers: Sequence[int], shards: Sequence[int]
     ) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
         """Yield (shard, layer, [rows, W]), layers within shards, a few reads ahead."""
+        is_local = self._location.local_path() is not None
+        num_ahead = _READS_AHEAD if is_local else NUM_READERS
         pairs = [(shard, layer) for shard in shards for layer in layers]
-        with ThreadPoolExecutor(NUM_READERS) as executor:
+        with ThreadPoolExecutor(1 if is_local else NUM_READERS) as executor:
             ahead = [
                 executor.submit(self.layer, layout, layer, shard)
-                for shard, layer in pairs[:NUM_READERS]
+                for shard, layer in pairs[:num_ahead]
             ]
             try:
                 for number, (shard, layer) in enumerate(pairs):
                     values_RW = ahead.pop(0).result()
-                    if number + NUM_READERS < len(pairs):
-                        next_shard, next_layer = pairs[number + NUM_READERS]
+                    if number + num_ahead < len(pairs):
+                        next_shard, next_layer = pairs[number + num_ahead]
                         ahead.append(executor.submit(self.layer, layout, next_layer, next_shard))
                     yield shard, layer, values_RW
+                    # Its memory is the next layer's.
+                    del values_RW
             finally:
                 executor.shutdown(wait=True, cancel_futures=True)
 

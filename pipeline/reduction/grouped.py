@@ -189,13 +189,22 @@ class GroupSums:
             weight_N: Float64 [N], how often each counts.
         """
         assert self._shift_X is not None
-        width = self._sum_GX.shape[1]
-        num_columns = max(_BLOCK_VALUES // len(weight_N), 1)
+        width, num_rows = self._sum_GX.shape[1], len(weight_N)
+        num_columns = min(max(_BLOCK_VALUES // num_rows, 1), width)
+        # Fresh memory for every step would cost as much as some of the steps.
+        narrow = torch.empty(num_rows * num_columns, dtype=sides[0].dtype)
+        wide_SB = torch.empty(len(sides), num_rows * num_columns, dtype=torch.float64)
         for start in range(0, width, num_columns):
-            columns = slice(start, start + num_columns)
-            y_NX = sides[0][:, columns].index_select(0, rows[0]).double()
-            for side_RX, rows_N in zip(sides[1:], rows[1:], strict=True):
-                y_NX -= side_RX[:, columns].index_select(0, rows_N).double()
+            columns = slice(start, min(start + num_columns, width))
+            shape = (num_rows, columns.stop - columns.start)
+            num_values = shape[0] * shape[1]
+            gathered_NX = narrow[:num_values].view(shape)
+            for side_RX, rows_N, wide_B in zip(sides, rows, wide_SB, strict=True):
+                torch.index_select(side_RX[:, columns], 0, rows_N, out=gathered_NX)
+                wide_B[:num_values].view(shape).copy_(gathered_NX)
+            y_NX = wide_SB[0, :num_values].view(shape)
+            if len(sides) == 2:
+                y_NX -= wide_SB[1, :num_values].view(shape)
             y_NX -= self._shift_X[columns]
             self._sum_GX[group, columns].addmv_(y_NX.T, weight_N)
             y_NX *= y_NX
