@@ -161,8 +161,7 @@ def select(
     publishes. Each measured candidate is stored at once: run it again, and it goes on; a forward
     search finds what the sweep has measured. Exit code 3: no candidate keeps to the caps.
     """
-    from pipeline.cli.batch import planning
-    from pipeline.reduction.results import Reduction, reduction_digest
+    from pipeline.cli.batch import planning, reduction_of
 
     if by != "score" and suites is None:
         raise typer.BadParameter(
@@ -171,10 +170,8 @@ def select(
     chosen = None if strengths is None else _strengths(strengths)
     run, root, planned = planning(run_file, store)
     # The rules for a refusal direction are about mean differences, whatever the run publishes.
-    method, parameters = run.reduce.method, run.reduce.parameters
-    if by == "refusal":
-        method, parameters = "difference_of_means", {}
-    reduction = Reduction.open(root, reduction_digest(planned.cache.digest, method, parameters))
+    method = "difference_of_means" if by == "refusal" else run.reduce.method
+    reduction = reduction_of(run, planned, store, method)
     heads = among == "heads" if among else "z" in planned.cache.streams
     found: SiteSelection | None
     if by == "score":
