@@ -103,7 +103,7 @@ def fit_layers(
     Args:
         streams: What the sources have in common.
         methods: Parameters by name.
-        device: ``cuda``: each task has a GPU to itself, for its matrices and probes.
+        device: ``cuda``: each task has a GPU to itself, for its covariances.
     """
     import ray
 

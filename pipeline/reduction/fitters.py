@@ -130,10 +130,8 @@ class ProbeFitter:
         names: Of the layer's sites, for messages.
     """
 
-    def __init__(
-        self, layout: StreamLayout, device: str, *, l2: float, names: Sequence[str]
-    ) -> None:
-        self._layout, self._device = layout, device
+    def __init__(self, layout: StreamLayout, *, l2: float, names: Sequence[str]) -> None:
+        self._layout = layout
         self._l2, self._names = l2, names
         self._values_NW: list[NDArray[np.float32]] = []
         self._counts_2CN: list[NDArray[np.int32]] = []
@@ -184,7 +182,7 @@ def make_fitter(
     makers: dict[str, Callable[[], Fitter]] = {
         "pca": lambda: ComponentFitter(layout, device),
         "lda": lambda: WhitenedFitter(layout, device, shrinkage=float(parameters["shrinkage"])),
-        "probe": lambda: ProbeFitter(layout, device, l2=float(parameters["l2"]), names=names),
+        "probe": lambda: ProbeFitter(layout, l2=float(parameters["l2"]), names=names),
     }
     return makers[method]()
 

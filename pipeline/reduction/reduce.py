@@ -103,7 +103,7 @@ def reduce_all(
         extends: Caches of other prompts whose rows count too, as when a corpus was appended to.
             Their Moments are read from the store where they were counted before.
         address: A Ray cluster, or None for a local Ray.
-        device: ``cuda``: matrices and probes are computed on GPUs, one a task.
+        device: ``cuda``: covariances are computed on GPUs, one a task.
         on_progress: Called with tasks done and in all.
 
     Returns:
