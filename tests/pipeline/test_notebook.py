@@ -145,6 +145,10 @@ def test_html_is_of_the_same_cells_and_nothing_in_it_is_taken_for_markup(found):
     scores = found.scores.set_column(
         found.scores.column_names.index("q_test"), "q_test", [[float("nan")] * len(found.scores)]
     )
+    certain = found.scores.set_column(
+        found.scores.column_names.index("q_test"), "q_test", [[0.0] * len(found.scores)]
+    )
+    assert as_text(replace(found, scores=certain)).count(" 1e-09 ") == 8
     doubtful = replace(found, scores=scores, signs_in_doubt=("<b>",), left_out=4)
     parser = _Cells()
     parser.feed(as_html(doubtful, top=2))
@@ -216,12 +220,14 @@ def test_steering_is_the_edit_that_was_asked_for(model, found):
         with_kwargs=True,
     )
     logits(model)
-    with steer(model, direction, 2.0, positions="last"):
-        logits(model)
+    for positions in ("last", "all"):
+        with steer(model, direction, 2.0, positions=positions):
+            logits(model)
     handle.remove()
-    change_BTD = (seen[1] - seen[0]).numpy()
-    np.testing.assert_allclose(change_BTD[:, -1], [2 * direction.vector_D] * 2, atol=1e-4)
-    assert not change_BTD[:, :-1].any()
+    last_BTD, all_BTD = ((steered - seen[0]).numpy() for steered in seen[1:])
+    np.testing.assert_allclose(last_BTD[:, -1], [2 * direction.vector_D] * 2, atol=1e-4)
+    assert not last_BTD[:, :-1].any()
+    np.testing.assert_allclose(all_BTD, [[2 * direction.vector_D] * 9] * 2, atol=1e-4)
     assert torch.equal(logits(model), plain)
     with steer(model, direction, 0.0):
         assert torch.equal(logits(model), plain)
