@@ -22,6 +22,7 @@ METHOD_NAMES: Final = {
 _FEW_ROWS: Final = 50
 _WIDE: Final = 0.1
 _UNSTABLE: Final = 0.8
+_CLOSE: Final = 0.05
 _FAR: Final = 0.75
 _SITES_NAMED: Final = 5
 
@@ -181,7 +182,7 @@ def _of_site(scores: SiteScores, site: int) -> list[str]:
     near = [
         f"{what} ({number(control, 2)})"
         for what, control in zip(words, reach, strict=True)
-        if control >= bar
+        if control >= bar - _CLOSE
     ]
     if near:
         why = (
@@ -192,7 +193,7 @@ def _of_site(scores: SiteScores, site: int) -> list[str]:
         )
         verb = "come" if len(near) > 1 else "comes"
         found.append(
-            f"At {name}, {' and '.join(near)} {verb} as far as the fitted direction: {why}."
+            f"At {name}, {' and '.join(near)} {verb} about as far as the fitted direction: {why}."
         )
     half = scores.column("split_half_cosine")[site]
     if half < _UNSTABLE:

@@ -13,16 +13,16 @@ HEADINGS: Final = (
     "AUROC",
     "95\u00a0% interval",
     "q",
-    "AUROC to choose on",
+    "AUROC, choosing",
     "accuracy",
     "pairs in order",
     "Cohen's d",
     "split-half cosine",
-    "random direction",
-    "shuffled labels",
+    "random control",
+    "shuffled control",
     "norm",
     "sigma",
-    "norm of activations",
+    "activation norm",
 )
 
 

@@ -391,13 +391,14 @@ def test_scores_that_were_not_computed_are_said_to_be_missing(reduced: Any, tmp_
         (
             {"auroc_low_test": 0.9, "auroc_random_test": 0.08},
             {},
-            "a random direction (0.92) comes as far as the fitted direction: the classes differ",
+            "a random direction (0.92) comes about as far as the fitted direction: the "
+            "classes differ",
         ),
         (
             {"auroc_low_test": 0.5, "auroc_shuffled_test": 0.6},
             {},
-            "one fitted on shuffled labels (0.60) come as far as the fitted direction: its AUROC "
-            "is hardly above chance",
+            "one fitted on shuffled labels (0.60) come about as far as the fitted direction: its "
+            "AUROC is hardly above chance",
         ),
         ({}, {"counts": {"test_positive": 49}}, "Few test rows: 49 positive and 500 negative."),
         ({}, {"counts": {"train_negative": 9}}, "Few train rows: 500 positive and 9 negative."),
