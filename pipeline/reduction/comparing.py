@@ -106,7 +106,7 @@ def stored_beside(
                 capture,
                 tuple(extends),
             )
-            if same_rows and record["method"] in wanted:
+            if same_rows:
                 found.setdefault(record["method"], name)
     return [Reduction.open(root, found[method]) for method in wanted if method in found]
 

@@ -29,7 +29,7 @@ def method_cosines(cosine_MM: NDArray[np.float64], names: Sequence[str], site: s
         axes = figure.subplots()
         image = _cosine_image(axes, cosine_MM)
         wrapped = [name.replace(" ", "\n", 1) for name in names]
-        axes.set_xticks(range(len(names)), wrapped, rotation=0, fontsize=8)
+        axes.set_xticks(range(len(names)), wrapped, rotation=90 if is_narrow else 0, fontsize=8)
         axes.set_yticks(range(len(names)), wrapped, fontsize=8)
         axes.set_title(f"methods, at {site}", loc="left")
         _cosine_bar(figure, axes, image)
@@ -40,7 +40,7 @@ def method_cosines(cosine_MM: NDArray[np.float64], names: Sequence[str], site: s
         for j in range(i)
     ]
     alt = f"Cosines between methods at {site}: {'; '.join(pairs)}."
-    return chart("cosines_methods", draw, HALF, (3.6, 3.2), alt)
+    return chart("cosines_methods", draw, HALF, (3.6, 3.5), alt)
 
 
 def layer_cosines(cosine_LL: NDArray[np.float64], layers: Sequence[int], stream: str) -> Chart:
