@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .PHONY: help demo repro test lint types contracts unit test-faults bench-real bench-peers bench-extraction \
-	protos pins clean
+	bench-reduce protos pins clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -69,6 +69,15 @@ bench-peers: $(PEERS:%=.venv-bench-%/.ready)  ## Install what bench-extraction c
 bench-extraction: $(VENV)/.demo bench-peers  ## Extraction beside its peers (an hour); wants STEERAGE_SHARED=FOLDER
 	$(BIN)/python benchmarks/extraction.py --out benchmarks/results/extraction.json \
 		--questions $(STEERAGE_SHARED)/data/coordinate-other-ais.jsonl
+
+.venv-bench-reduce/.ready: benchmarks/reduction_peers/pins/reduce.txt
+	@echo "installing dask and scikit-learn into .venv-bench-reduce (once; a minute)"
+	$(PYTHON) -m venv .venv-bench-reduce
+	.venv-bench-reduce/bin/pip --disable-pip-version-check --quiet install --requirement $<
+	@touch $@
+
+bench-reduce: $(VENV)/.demo .venv-bench-reduce/.ready  ## Reduction beside its peers (half an hour, 30 GB of disk)
+	$(BIN)/python benchmarks/reduction.py --out benchmarks/results/reduction.json
 
 protos: $(VENV)/.dev  ## Generate the gRPC stubs anew
 	$(BIN)/python protos/generate.py

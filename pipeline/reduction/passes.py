@@ -13,6 +13,9 @@ so what it sends away is 2 % of what it has read, or less."""
 _RESULT_NBYTES: Final = 8 << 20
 """What a task sends away at most, if it is more than one layer: a local Ray's object store holds
 16 of these."""
+_READ_NBYTES: Final = 256 << 20
+"""What a task reads at most, if it is more than one layer: a second of work, of which a killed
+worker loses half."""
 _MERGED_PER_TASK: Final = 4
 
 
@@ -26,12 +29,17 @@ def shard_groups(layout: StreamLayout) -> list[list[int]]:
 
 
 def layer_blocks(layout: StreamLayout, num_moments: int) -> list[tuple[int, ...]]:
-    """All layers in order, in blocks whose Moments a task can send away.
+    """All layers in order, in blocks that a task can read and whose Moments it can send away.
 
     Args:
         num_moments: How many Moments [W] there are of each layer.
     """
-    size = max(_RESULT_NBYTES // (num_moments * layout.width * 16), 1)
+    num_rows = min(len(shard_groups(layout)[0]) * layout.rows_per_shard, layout.num_rows)
+    size = min(
+        _RESULT_NBYTES // (num_moments * layout.width * 16),
+        _READ_NBYTES // (num_rows * layout.width * layout.itemsize),
+    )
+    size = max(size, 1)
     return [layout.layers[at : at + size] for at in range(0, len(layout.layers), size)]
 
 
