@@ -23,6 +23,10 @@ _BLOCK_ROWS: Final = 64
 _PILOT_ROWS: Final = 16
 
 
+_Block = tuple[int, Sequence[torch.Tensor], torch.Tensor]
+"""A group, int64 [N] rows of each side, and float64 [N], how often each counts."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupedMoments:
     """Moments of several groups of rows; see `moments.Moments`.
@@ -120,8 +124,13 @@ class GroupSums:
             self._shift_X = _shift(bits_RX[torch.from_numpy(pilots)].double())
         self._count_G += counts_GR.sum(axis=1)
         rows_E = torch.from_numpy(row_E)
-        for group, block in _blocks_of_one_group(group_E):
-            self._add(group, (bits_RX,), (rows_E[block],), weight_E[block])
+        self._add(
+            (bits_RX,),
+            [
+                (group, (rows_E[block],), weight_E[block])
+                for group, block in _blocks_of_one_group(group_E)
+            ],
+        )
 
     def add_differences(
         self,
@@ -156,8 +165,13 @@ class GroupSums:
             self._shift_X = _shift(first_NX - second_NX)
         self._count_G += np.bincount(group_N, minlength=len(self._count_G))
         weight_N = torch.ones(len(group_N), dtype=torch.float64)
-        for group, block in _blocks_of_one_group(group_N[order_N]):
-            self._add(group, sides, [row_N[block] for row_N in rows], weight_N[block])
+        self._add(
+            sides,
+            [
+                (group, [row_N[block] for row_N in rows], weight_N[block])
+                for group, block in _blocks_of_one_group(group_N[order_N])
+            ],
+        )
 
     def moments(self) -> GroupedMoments:
         """Moments of all that was added."""
@@ -174,41 +188,46 @@ class GroupSums:
             self._count_G.copy(), mean_GX.numpy().reshape(shape), m2_GX.numpy().reshape(shape)
         )
 
-    def _add(
-        self,
-        group: int,
-        sides: Sequence[torch.Tensor],
-        rows: Sequence[torch.Tensor],
-        weight_N: torch.Tensor,
-    ) -> None:
-        """Add some rows of the first side to one group, less those of the second if there is one.
+    def _add(self, sides: Sequence[torch.Tensor], blocks: Sequence[_Block]) -> None:
+        """Add rows of the first side, less those of the second if there is one.
 
         Args:
             sides: [R, X].
-            rows: Int64 [N], rows of each side.
-            weight_N: Float64 [N], how often each counts.
+            blocks: Which rows of each side.
         """
         assert self._shift_X is not None
-        width, num_rows = self._sum_GX.shape[1], len(weight_N)
-        num_columns = min(max(_BLOCK_VALUES // num_rows, 1), width)
-        # Fresh memory for every step would cost as much as some of the steps.
-        narrow = torch.empty(num_rows * num_columns, dtype=sides[0].dtype)
-        wide_SB = torch.empty(len(sides), num_rows * num_columns, dtype=torch.float64)
+        width = self._sum_GX.shape[1]
+        most = max(len(weight_N) for _, _, weight_N in blocks)
+        num_columns = min(max(_BLOCK_VALUES // most, 1), width)
+        # Fresh memory for every step, and a view of it for every block, would cost as much as some
+        # of the steps.
+        narrow_B = torch.empty(most * num_columns, dtype=sides[0].dtype)
+        wide_SB = torch.empty(len(sides), most * num_columns, dtype=torch.float64)
         for start in range(0, width, num_columns):
             columns = slice(start, min(start + num_columns, width))
-            shape = (num_rows, columns.stop - columns.start)
+            shape = (most, columns.stop - start)
             num_values = shape[0] * shape[1]
-            gathered_NX = narrow[:num_values].view(shape)
-            for side_RX, rows_N, wide_B in zip(sides, rows, wide_SB, strict=True):
-                torch.index_select(side_RX[:, columns], 0, rows_N, out=gathered_NX)
-                wide_B[:num_values].view(shape).copy_(gathered_NX)
-            y_NX = wide_SB[0, :num_values].view(shape)
-            if len(sides) == 2:
-                y_NX -= wide_SB[1, :num_values].view(shape)
-            y_NX -= self._shift_X[columns]
-            self._sum_GX[group, columns].addmv_(y_NX.T, weight_N)
-            y_NX *= y_NX
-            self._square_GX[group, columns].addmv_(y_NX.T, weight_N)
+            narrow_NX = narrow_B[:num_values].view(shape)
+            wide = [wide_B[:num_values].view(shape) for wide_B in wide_SB]
+            sides_RX = [side_RX[:, columns] for side_RX in sides]
+            shift_X = self._shift_X[columns]
+            sums_X = self._sum_GX[:, columns].unbind()
+            squares_X = self._square_GX[:, columns].unbind()
+            for group, rows, weight_N in blocks:
+                if len(weight_N) != len(narrow_NX):
+                    narrow_NX = narrow_B[: len(weight_N) * shape[1]].view(-1, shape[1])
+                    wide = [wide_B[: narrow_NX.numel()].view(narrow_NX.shape) for wide_B in wide_SB]
+                for side_RX, rows_N, wide_NX in zip(sides_RX, rows, wide, strict=True):
+                    torch.index_select(side_RX, 0, rows_N, out=narrow_NX)
+                    wide_NX.copy_(narrow_NX)
+                y_NX = wide[0]
+                if len(wide) == 2:
+                    y_NX.sub_(wide[1])
+                y_NX.sub_(shift_X)
+                y_XN = y_NX.T
+                sums_X[group].addmv_(y_XN, weight_N)
+                y_NX.mul_(y_NX)
+                squares_X[group].addmv_(y_XN, weight_N)
 
 
 def _blocks_of_one_group(group_E: NDArray[np.int64]) -> list[tuple[int, slice]]:
