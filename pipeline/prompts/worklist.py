@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.prompts.rows import Rows
+from pipeline.prompts.rows import Rows, Spans
 from pipeline.prompts.tokens import TokenizedPrompt
 from pipeline.prompts.trie import PlannedPrompt
 from store.activations import ActivationCache
@@ -44,6 +46,70 @@ def write_worklist(
         prompts: In row order.
         rows: Theirs.
     """
+    return _encode(
+        [prompt.example.prompt_id for prompt in prompts],
+        [prompt.token_ids for prompt in prompts],
+        [prompt.text for prompt in prompts],
+        rows,
+        (rows_per_shard, num_shards),
+    )
+
+
+def select_worklist(
+    cache: ActivationCache, index: pa.Table, rows_per_shard: int, num_shards: int
+) -> bytes:
+    """The work list of some rows of a planned cache.
+
+    A row that prompts share belongs to the first of them that is selected, as in a plan of these
+    prompts alone.
+
+    Args:
+        cache: The planned cache.
+        index: Entries of whole prompts, in row order, their rows renumbered from 0.
+    """
+    wanted = pa.array(index["prompt_id"].unique())
+    token_ids: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    file = _open(cache)
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=["prompt_id", "token_ids", "text"])
+        table = table.filter(pc.is_in(table["prompt_id"], value_set=wanted))
+        names = table["prompt_id"].to_pylist()
+        token_ids.update(zip(names, _lists(table["token_ids"]), strict=True))
+        texts.update(zip(names, table["text"].to_pylist(), strict=True))
+    names = wanted.to_pylist()
+    codes_N = index["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    row_N = index["row"].to_numpy()
+    spans_N2 = np.stack(
+        [index["first_position"].to_numpy(), index["position"].to_numpy() + 1], axis=1
+    )
+    first_rows: list[int] = []
+    spans: list[Spans] = []
+    num_rows = 0
+    ends = np.searchsorted(codes_N, np.arange(len(names) + 1)).tolist()
+    for start, stop in pairwise(ends):
+        own = spans_N2[start:stop][row_N[start:stop] >= num_rows]
+        first_rows.append(num_rows)
+        spans.append(own)
+        num_rows += len(own)
+    rows = Rows(first_rows, spans, num_rows, index)
+    return _encode(
+        names,
+        [token_ids[name] for name in names],
+        [texts[name] for name in names],
+        rows,
+        (rows_per_shard, num_shards),
+    )
+
+
+def _encode(
+    prompt_ids: Sequence[str],
+    token_ids: Sequence[Any],
+    texts: Sequence[str],
+    rows: Rows,
+    shards: tuple[int, int],
+) -> bytes:
+    rows_per_shard, num_shards = shards
     groups: list[list[int]] = [[] for _ in range(num_shards)]
     for i, (first_row, spans) in enumerate(zip(rows.first_rows, rows.spans, strict=True)):
         first = min(first_row // rows_per_shard, num_shards - 1)
@@ -54,12 +120,12 @@ def write_worklist(
     with pq.ParquetWriter(sink, _SCHEMA, compression="zstd", write_statistics=False) as writer:
         for group in groups:
             columns = {
-                "prompt_id": [prompts[i].example.prompt_id for i in group],
-                "token_ids": [prompts[i].token_ids for i in group],
+                "prompt_id": [prompt_ids[i] for i in group],
+                "token_ids": [token_ids[i] for i in group],
                 "first_row": [rows.first_rows[i] for i in group],
                 "starts": [rows.spans[i][:, 0] for i in group],
                 "stops": [rows.spans[i][:, 1] for i in group],
-                "text": [prompts[i].text for i in group],
+                "text": [texts[i] for i in group],
             }
             table = pa.table(columns, schema=_SCHEMA)
             writer.write_table(table, row_group_size=max(len(group), 1))
