@@ -44,7 +44,7 @@ class Receipt:
         num_rows: Rows of the shard, quarantined ones included.
         tokens: Tokens computed for it; 0 if a worker before, that died since, had written it.
         quarantined: Reasons by array row.
-        seconds: By phase: parity (of the worker's first shard), compute, write.
+        seconds: By phase: parity (of the worker's first shard), compute, write; count, of Moments.
         parity: From a worker's first shard.
         repaired: Whether it was there already, and damaged.
         age: Seconds since its row of work was begun, when it was handed back.
@@ -101,30 +101,43 @@ class ShardWorker:
         try:
             if self._refused is not None:
                 raise self._refused
-            shards = [int(shard) for shard in row["shards"]]
             began = time.perf_counter()
-            receipts = list(self._compute(shards, bool(row.get("repair"))))
+            receipts = list(self._receipts(row))
             age = time.perf_counter() - began
             return [{"outcome": pickle.dumps(replace(one, age=age))} for one in receipts]
         except OUR_ERRORS as error:
             return [{"outcome": pickle.dumps(error)}]
 
-    def _compute(self, shards: Sequence[int], repair: bool) -> Iterator[Receipt]:
+    def _receipts(self, row: Mapping[str, Any]) -> Iterator[Receipt]:
+        """Compute and commit the shards of a row of work."""
+        repair = bool(row.get("repair"))
         work = []
-        for shard in shards:
+        for shard in map(int, row["shards"]):
             # A worker that died between its commit and its receipt, or a receipt that died with its
             # node, brings a shard here again.
             if not repair and self._is_committed(shard):
                 log.info("shard found", extra={"shard": shard})
                 yield self._receipt(shard, quarantined=self._quarantined(shard))
             else:
-                log.info("shard begun", extra={"shard": shard})
-                prompts = read_shard(self._cache, shard)
-                work.append(ShardWork(shard, self._layout.shard_rows(shard), prompts))
+                work.append(self._begin(shard))
+        for result, receipt in self._computed(work):
+            start = time.perf_counter()
+            self._write(result, receipt.seconds["compute"], repair)
+            seconds = {**receipt.seconds, "write": time.perf_counter() - start}
+            log.info("shard written", extra={"shard": result.shard})
+            yield replace(receipt, seconds=seconds, repaired=repair)
+
+    def _begin(self, shard: int) -> ShardWork:
+        log.info("shard begun", extra={"shard": shard})
+        prompts = read_shard(self._cache, shard)
+        return ShardWork(shard, self._layout.shard_rows(shard), prompts)
+
+    def _computed(self, work: Sequence[ShardWork]) -> Iterator[tuple[ShardResult, Receipt]]:
+        """Compute shards, this worker's first ones once they have passed the gate; each with its
+        receipt, which lacks what comes after computing."""
         if not work:
             return
-        seconds = {"parity": 0.0, "compute": 0.0, "write": 0.0}
-        parity = None
+        seconds, parity = {"parity": 0.0}, None
         start = time.perf_counter()
         if self._parity is None:
             parity = self._parity = self._check(work)
@@ -135,19 +148,18 @@ class ShardWorker:
             result = next(results, None)
             if result is None:
                 return
-            computed = time.perf_counter()
-            self._write(result, computed - start, repair)
-            seconds |= {"compute": computed - start, "write": time.perf_counter() - computed}
-            log.info("shard written", extra={"shard": result.shard})
-            yield self._receipt(
-                result.shard,
-                tokens=result.tokens,
-                quarantined=result.quarantined,
-                seconds=seconds,
-                parity=parity,
-                repaired=repair,
+            seconds["compute"] = time.perf_counter() - start
+            yield (
+                result,
+                self._receipt(
+                    result.shard,
+                    tokens=result.tokens,
+                    quarantined=result.quarantined,
+                    seconds=seconds,
+                    parity=parity,
+                ),
             )
-            parity, seconds = None, dict.fromkeys(seconds, 0.0)
+            parity, seconds = None, {"parity": 0.0}
 
     def _check(self, work: Sequence[ShardWork]) -> Parity:
         """The parity gate, on prompts that this worker computes next."""
@@ -182,11 +194,19 @@ class PoolWorker(ShardWorker):
     """A `ShardWorker` in a process of its own, which logs to the file that Ray keeps of it."""
 
     def __init__(self, *args: Any) -> None:
-        # Ray's processes have no command line that would set up logging. What a worker was at when
-        # it died is what one looks for here.
-        handler = logging.StreamHandler()
-        line = "%(asctime)s %(process)d %(message)s %(shard)s"
-        handler.setFormatter(logging.Formatter(line, defaults={"shard": ""}))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
+        log_to_stderr()
         super().__init__(*args)
+
+
+def log_to_stderr() -> None:
+    """Have a worker say on its stderr what it is at.
+
+    Ray's processes have no command line that would set up logging. What a worker was at when it
+    died is what one looks for there.
+    """
+    handler = logging.StreamHandler()
+    line = "%(asctime)s %(process)d %(message)s %(shard)s"
+    handler.setFormatter(logging.Formatter(line, defaults={"shard": ""}))
+    package = logging.getLogger("pipeline.extraction")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)

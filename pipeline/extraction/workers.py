@@ -24,9 +24,11 @@ from pipeline.extraction.engines import (
 )
 from pipeline.extraction.models import DtypeName
 from pipeline.extraction.parity import Parity
-from pipeline.extraction.shard_worker import PoolWorker, Receipt
+from pipeline.extraction.shard_worker import PoolWorker, Receipt, ShardWorker
 from pipeline.prompts.plan import Plan
 from pipeline.ray_runtime import Pool, check_device, ray_session, warn_without_room
+from pipeline.reduction.kept import forget_inexact
+from store.activations import ActivationCache
 from store.location import Location
 
 log = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ def extract(
         store.errors.Unavailable: kind "no_space", the store is full.
     """
     check_device(device, address)
-    resources = pool.resources(device)
+    pool.resources(device)
     cache = planned.cache
     damaged = cache.damaged()
     # Repairing writes what is missing of a damaged shard too, and looks at what is there.
@@ -112,9 +114,74 @@ def extract(
     check_quarantined(planned, quarantined)
     if not missing and not damaged:
         if not cache.is_complete:
-            cache.seal()
+            _seal(cache, root)
         return Extraction(quarantined=quarantined)
-    dtype: DtypeName = cache.capture["model"]["dtype"]
+
+    def rows(engine: EngineName) -> list[dict[str, Any]]:
+        # Where layers are streamed, loading them is shared by all shards that a worker has at once.
+        size = at_once(engine, len(missing) + len(damaged), pool)
+        return [*_rows(sorted(damaged), size, True), *_rows(sorted(missing), size, False)]
+
+    result = run_workers(
+        planned,
+        root,
+        WorkOrder(PoolWorker, rows),
+        quarantined,
+        pool=pool,
+        device=device,
+        address=address,
+        engine=engine,
+        on_receipt=on_receipt,
+    )
+    _seal(cache, root)
+    return result
+
+
+def _seal(cache: ActivationCache, root: Location) -> None:
+    forget_inexact(root, cache.digest)
+    cache.seal()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkOrder:
+    """What the workers of a pool do.
+
+    Attributes:
+        worker: Class of the workers, a `ShardWorker`.
+        rows: The rows of work for an engine.
+        arguments: What such a worker is made with, behind those of every `ShardWorker`.
+    """
+
+    worker: type[ShardWorker]
+    rows: Callable[[EngineName], Sequence[Mapping[str, Any]]]
+    arguments: tuple[str, ...] = ()
+
+
+def at_once(engine: EngineName, to_do: int, pool: Pool) -> int:
+    """Shards, of so many to do, that a worker is given at once."""
+    return min(-(-to_do // (2 * pool.max_workers)), _MOST_AT_ONCE) if engine == "streamed" else 1
+
+
+def run_workers(
+    planned: Plan,
+    root: Location,
+    order: WorkOrder,
+    quarantined: Mapping[int, str],
+    *,
+    pool: Pool,
+    device: str,
+    address: str | None,
+    engine: EngineName | None,
+    on_receipt: Callable[[Receipt], None],
+) -> Extraction:
+    """Have a pool of workers do rows of work; arguments and errors as for `extract`.
+
+    Args:
+        order: The work.
+        quarantined: Reasons by array row, of runs before.
+    """
+    resources = pool.resources(device)
+    digest, dtype = planned.cache.digest, planned.cache.capture["model"]["dtype"]
     start = time.perf_counter()
     first_began, last_written = None, start
     seconds = dict.fromkeys(("start", "parity", "compute", "write"), 0.0)
@@ -124,19 +191,17 @@ def extract(
         warn_without_room(resources)
         choice = _engine(planned, dtype, engine, pool, device, address)
         log.info("engine", extra={"engine": choice.name, "why": choice.why})
-        # Where layers are streamed, loading them is shared by all shards that a worker has at once.
-        to_do = len(missing) + len(damaged)
-        size = -(-to_do // (2 * pool.max_workers)) if choice.name == "streamed" else 1
-        size = min(size, _MOST_AT_ONCE)
-        rows = [*_rows(sorted(damaged), size, True), *_rows(sorted(missing), size, False)]
         share = memory_share(device, pool.max_workers, pool.cpus, resources["num_gpus"])
-        where = (root.url, cache.digest, str(planned.model.path), dtype, device, choice.name, share)
-        for receipt in _receipts(rows, where, pool, resources):
+        where = (root.url, digest, str(planned.model.path), dtype, device, choice.name, share)
+        receipts = _receipts(
+            order.worker, order.rows(choice.name), (*where, *order.arguments), pool, resources
+        )
+        for receipt in receipts:
             last_written = time.perf_counter()
             if first_began is None:
                 first_began = last_written - receipt.age
             for phase, value in receipt.seconds.items():
-                seconds[phase] += value
+                seconds[phase] = seconds.get(phase, 0.0) + value
             if receipt.parity and (worst is None or receipt.parity.worst > worst.worst):
                 worst = receipt.parity
             num_computed += 1
@@ -144,10 +209,9 @@ def extract(
             tokens += receipt.tokens
             on_receipt(receipt)
             if receipt.quarantined:
-                quarantined |= receipt.quarantined
+                quarantined = {**quarantined, **receipt.quarantined}
                 check_quarantined(planned, quarantined)
     began = start if first_began is None else first_began
-    cache.seal()
     return Extraction(
         parity=worst,
         shards_computed=num_computed,
@@ -222,8 +286,9 @@ def _rows(shards: Sequence[int], size: int, repair: bool) -> Iterator[dict[str, 
 
 
 def _receipts(
+    worker: type[ShardWorker],
     rows: Sequence[Mapping[str, Any]],
-    where: tuple[str, str, str, DtypeName, str, EngineName, float],
+    arguments: tuple[Any, ...],
     pool: Pool,
     resources: Mapping[str, float],
 ) -> Iterator[Receipt]:
@@ -238,8 +303,8 @@ def _receipts(
     most = min(pool.max_workers, max(pool.min_workers, len(rows)))
     work = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     outcomes = work.flat_map(
-        PoolWorker,
-        fn_constructor_args=where,
+        worker,
+        fn_constructor_args=arguments,
         compute=ray.data.ActorPoolStrategy(
             # All at once: they load the model beside one another, and a cluster that grows on
             # demand sees the whole demand.
