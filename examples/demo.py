@@ -21,7 +21,8 @@ from typing import Any, Final
 from questions import Question, choose, coordination, refusal
 from rich.table import Table
 
-from pipeline.cli.batch import extracting, planning, print_reduction, reducing, reduction_summary
+from pipeline.cli.batch import planning, print_reduction, reducing, reduction_summary
+from pipeline.cli.extraction import extracting
 from pipeline.cli.lab import Place, open_lab
 from pipeline.cli.options import stderr, stdout
 from pipeline.config import load_run_file

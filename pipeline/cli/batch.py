@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from pipeline.cli.app import app
+from pipeline.cli.extraction import extracting, extracting_moments
 from pipeline.cli.options import (
     DEFAULT_STORE,
     AsJson,
@@ -21,7 +22,9 @@ from pipeline.cli.options import (
     Device,
     EngineFlag,
     GpusPerWorker,
+    KeepRows,
     MinWorkers,
+    NoCache,
     RayAddress,
     RunPath,
     StoreUrl,
@@ -35,9 +38,7 @@ from pipeline.cli.options import (
 
 if TYPE_CHECKING:
     from pipeline.config import RunFile
-    from pipeline.extraction.shard_worker import Receipt
     from pipeline.prompts.plan import Plan
-    from pipeline.ray_runtime import Pool
     from pipeline.reduction.methods import Method
     from pipeline.reduction.results import Reduction
     from store.location import Location
@@ -111,20 +112,29 @@ def extract(
     gpus_per_worker: GpusPerWorker = None,
     device: Device = "cpu",
     engine: EngineFlag = "auto",
+    no_cache: NoCache = False,
+    keep_rows: KeepRows = None,
     ray: RayAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the model over the prompts and write the activation cache.
 
     Plans first. Safe to interrupt and to run again: finished shards are never computed twice, and
-    damaged ones are put right.
+    damaged ones are put right. With --no-cache, Moments are written in place of the activations.
     """
     from pipeline.config import load_run_file
+    from pipeline.errors import InvalidInput
     from pipeline.ray_runtime import Pool, check_device, ray_starting
 
     start = time.perf_counter()
     # A mistake in these is said before Ray is started.
     load_run_file(run_file)
+    if keep_rows is not None and not no_cache:
+        raise InvalidInput(
+            f"--keep-rows {keep_rows} without --no-cache, which alone leaves rows out; add "
+            "--no-cache, or leave --keep-rows out",
+            kind="keep_rows",
+        )
     pool = Pool(workers, min_workers, cpus_per_worker, gpus_per_worker)
     pool.resources(device)
     # Ray starts beside planning, which takes its time to import libraries and to tokenise.
@@ -132,7 +142,12 @@ def extract(
         check_device(device, ray)
         _, root, planned = planning(run_file, store, running)
         plan_seconds = time.perf_counter() - start
-        summary = extracting(planned, root, pool, device, engine, ray, plan_seconds)
+        if no_cache:
+            summary = extracting_moments(
+                planned, root, pool, device, engine, ray, plan_seconds, keep_rows
+            )
+        else:
+            summary = extracting(planned, root, pool, device, engine, ray, plan_seconds)
     show(summary, as_json, "Extraction")
 
 
@@ -195,70 +210,6 @@ def planning(
             f"{where(planned.cache.location)}/{plans.QUARANTINE_FILE}"
         )
     return run, root, planned
-
-
-def extracting(
-    planned: Plan,
-    root: Location,
-    pool: Pool,
-    device: str,
-    engine: Literal["auto", "resident", "streamed", "sharded"],
-    ray: str | None,
-    plan_seconds: float = 0.0,
-) -> dict[str, Any]:
-    """Extract with a progress bar; returns the summary."""
-    from pipeline.extraction.workers import extract as run_extraction
-    from pipeline.ray_runtime import num_actors_alive
-
-    cache = planned.cache
-    tokens = quarantined = 0
-    start = time.perf_counter()
-    first: float | None = None
-    with progress("extract", cache.num_shards) as (bar, task):
-        to_do = len(set(cache.missing()) | cache.damaged())
-        # Not `update`: what is there already would count as speed.
-        bar.reset(task, completed=cache.num_shards - to_do, note="shards · starting workers")
-
-        def on_receipt(receipt: Receipt) -> None:
-            nonlocal tokens, quarantined, first
-            now = time.perf_counter()
-            if first is None:
-                first = now - receipt.age
-            tokens += receipt.tokens
-            quarantined += len(receipt.quarantined)
-            parts = [f"shards · {tokens / max(now - first, 1e-9):,.0f} tokens/s"]
-            if stderr.is_terminal and (alive := num_actors_alive("PoolWorker")) is not None:
-                parts.append(f"{alive} workers")
-            bar.update(task, advance=1, note=" · ".join([*parts, f"{quarantined} quarantined"]))
-
-        result = run_extraction(
-            planned,
-            root,
-            pool=pool,
-            device=device,
-            address=ray,
-            engine=None if engine == "auto" else engine,
-            on_receipt=on_receipt,
-        )
-    seconds = {"plan": plan_seconds} | dict(result.seconds)
-    seconds["total"] = plan_seconds + time.perf_counter() - start
-    return {
-        "capture": cache.digest,
-        "engine": result.engine.name if result.engine else None,
-        "engine_why": result.engine.why if result.engine else None,
-        "shards": cache.num_shards,
-        "shards_computed": result.shards_computed,
-        "shards_repaired": result.shards_repaired,
-        "rows": planned.num_rows,
-        "quarantined": len(planned.quarantined),
-        "quarantined_rows": len(result.quarantined),
-        "tokens": result.tokens,
-        "tokens_per_s": round(result.tokens / max(result.computing_seconds, 1e-9), 1),
-        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
-        "parity_worst": result.parity.worst if result.parity else None,
-        "parity_site": result.parity.worst_site if result.parity else None,
-        "cache": where(cache.location),
-    }
 
 
 def reducing(

@@ -69,6 +69,23 @@ EngineFlag = Annotated[
         "memory; auto: what the memory allows. The activations are the same.",
     ),
 ]
+NoCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache",
+        help="Write no activations: the Moments of the training rows, and some rows for the "
+        "methods and scores that need rows.",
+    ),
+]
+KeepRows = Annotated[
+    int | None,
+    typer.Option(
+        "--keep-rows",
+        min=1,
+        help="With --no-cache: rows that are kept, in whole pairs; 8192 unless said otherwise.",
+        show_default=False,
+    ),
+]
 RayAddress = Annotated[
     str | None,
     typer.Option(

@@ -25,6 +25,7 @@ from pipeline.cli.options import (
 
 if TYPE_CHECKING:
     from store.activations import ActivationCache
+    from store.errors import Corrupt
     from store.location import Location
     from store.verification import Problem
 
@@ -115,13 +116,16 @@ def _check(root: Location, digest: str) -> dict[str, Any]:
         "bytes": 0,
         "problems": [],
         "unmarked": None,
+        "kept_rows_of": None,
+        "no_cache": False,
     }
     try:
         cache = ActivationCache.open(root, digest)
     except Corrupt as error:
-        whole = {"stream": None, "shard": None, "rows": None}
-        report["problems"].append(whole | {"kind": error.kind, "detail": str(error)})
+        report["problems"].append(_whole(error))
         return report
+    # Of a cache that `extract --no-cache` has written, the capture that it is of.
+    report["kept_rows_of"] = cache.capture.get("kept", {}).get("of")
     with progress(f"verify {digest[:12]}", cache.num_shards * len(cache.streams)) as (bar, task):
 
         def on_checked(num_bytes: int) -> None:
@@ -135,11 +139,25 @@ def _check(root: Location, digest: str) -> dict[str, Any]:
 
         for problem in find_and_mark(cache, on_checked, on_unmarked):
             report["problems"].append(_described(cache, problem))
+    num_missing = 0 if cache.is_complete else len(cache.missing())
+    if num_missing == cache.num_shards and root.folders("moments"):
+        from pipeline.reduction.kept import find_record
+
+        try:
+            report["no_cache"] = find_record(root, digest) is not None
+        except Corrupt as error:
+            report["problems"].append(_whole(error))
     return report | {
         "complete": cache.is_complete,
         "shards": cache.num_shards,
-        "shards_missing": 0 if cache.is_complete else len(cache.missing()),
+        "shards_missing": num_missing,
     }
+
+
+def _whole(error: Corrupt) -> dict[str, Any]:
+    """A problem of the cache as a whole."""
+    whole = {"stream": None, "shard": None, "rows": None}
+    return whole | {"kind": error.kind, "detail": str(error)}
 
 
 def _described(cache: ActivationCache, problem: Problem) -> dict[str, Any]:
@@ -165,6 +183,10 @@ def _print(summary: dict[str, Any], store: str) -> None:
         num_problems = len(report["problems"])
         state = f"[red]{num_problems} damaged[/]" if num_problems else "[green]sound[/]"
         missing = f", {report['shards_missing']} not written yet" * bool(report["shards_missing"])
+        if report["no_cache"]:
+            missing = ", none written: extracted with --no-cache"
+        elif report["kept_rows_of"]:
+            missing += f", kept rows of {report['kept_rows_of'][:12]}"
         _line(f"[bold]{report['capture']}[/]  {state}, {report['shards']} shards{missing}")
         for problem in report["problems"]:
             name = "the cache as a whole"
@@ -181,9 +203,19 @@ def _print(summary: dict[str, Any], store: str) -> None:
         f"{len(summary['caches'])} caches in {escape(store)}, {summary['bytes']:,} bytes read in "
         f"{summary['seconds']:.1f} s"
     )
-    if any(problem["stream"] for report in summary["caches"] for problem in report["problems"]):
+    damaged = [
+        report
+        for report in summary["caches"]
+        if any(problem["stream"] for problem in report["problems"])
+    ]
+    if any(not report["kept_rows_of"] for report in damaged):
         _line(
             "run `steerage extract RUN.toml` on the cache's run file: it computes only these again"
+        )
+    if any(report["kept_rows_of"] for report in damaged):
+        _line(
+            "run `steerage extract RUN.toml --no-cache` on the run file of the kept rows: it "
+            "computes all of it again, and puts only these right"
         )
 
 
