@@ -56,9 +56,19 @@ def plan(
         bool,
         typer.Option(
             "--explain",
-            help="Say what extraction will cost too: engine, tokens, FLOPs, bytes, memory, hours.",
+            help="Say what the run will cost too: engine, tokens, FLOPs, hours; and of each step "
+            "bytes, requests, tasks and memory.",
         ),
     ] = False,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            "--prompts",
+            min=1,
+            help="With --explain: as if the corpus had so many prompts, like those that it has.",
+            show_default=False,
+        ),
+    ] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -78,12 +88,13 @@ def plan(
     Bad rows are reported with file, line and reason and left out; the run stops only past the share
     that prompts.max_quarantined allows. Workers, device and engine matter to --explain alone.
     """
-    _, _, planned = planning(run_file, store)
+    run, _, planned = planning(run_file, store)
     summary = planned.summary() | {"cache": where(planned.cache.location)}
     if not explain:
         show(summary, as_json, "Plan")
         return
-    from pipeline.extraction.preflight import preflight
+    from pipeline.costs import SampleCounts, run_costs
+    from pipeline.extraction.preflight import layouts_of, preflight
     from pipeline.ray_runtime import Pool
 
     resources = Pool(workers, gpus=gpus_per_worker).resources(device)
@@ -94,12 +105,21 @@ def plan(
         engine=None if engine == "auto" else engine,
         hardware=hardware,
         gpus=resources["num_gpus"] or 1,
+        prompts=prompts,
+        shard_mib=run.capture.shard_mib,
+    )
+    steps = run_costs(
+        layouts_of(planned, prompts, run.capture.shard_mib),
+        SampleCounts.of(planned.cache).times(costs.prompts / planned.num_prompts),
+        {method: run.reduce.parameters(method) for method in run.reduce.methods},
     )
     if as_json:
-        show(summary | {"explain": costs.summary()}, True, "")
-    else:
-        show(summary, False, "Plan")
-        show(costs.readable(), False, "What it will cost")
+        show(summary | {"explain": costs.summary() | steps.summary()}, True, "")
+        return
+    show(summary, False, "Plan")
+    title = "What it will cost"
+    show(costs.readable(), False, title if prompts is None else f"{title} at {prompts:,} prompts")
+    show(steps.readable(), False, "Of each step")
 
 
 @app.command()

@@ -5,9 +5,11 @@ Sizes are counted; times are FLOPs over a stated share of a device's peak, and s
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -23,10 +25,11 @@ from pipeline.extraction.engines import (
 )
 from pipeline.extraction.loading import meta_body
 from pipeline.extraction.models import DTYPES, DtypeName
-from pipeline.prompts.plan import Plan
+from pipeline.prompts.plan import MIN_SHARDS, Plan
 from pipeline.prompts.trie import build_packs
 from pipeline.prompts.worklist import read_shard
 from steering_service.adapters.sites import ModelSites
+from store.layout import StreamLayout, choose_rows_per_shard
 
 _SAMPLED_SHARDS: Final = 64
 
@@ -73,6 +76,7 @@ class Preflight:
     """What a run will cost.
 
     Attributes:
+        prompts: That the figures are for: those of the plan, or as many as were asked for.
         engine: That computes, and why.
         tokens: Of all prompts.
         trie_nodes: Different ones, in the order of the plan.
@@ -90,6 +94,7 @@ class Preflight:
         assumed_utilization: Share of its peak that the estimate assumes.
     """
 
+    prompts: int
     engine: EngineName
     engine_why: str
     tokens: int
@@ -120,10 +125,10 @@ class Preflight:
             f"{self.tokens_computed:,} computed ({saved:.0%} saved)",
             "compute": f"{self.tflop:,.4g} TFLOP; the largest shard is {self.shard_balance:.2f} "
             "times the mean",
-            "store": f"{_size(self.num_bytes)} in {self.objects:,} objects",
-            "memory a worker": f"weights {_size(self.weight_bytes)}, shard "
-            f"{_size(self.shard_bytes)} twice, pack about {_size(self.pack_bytes)}",
-            "time": f"about {_duration(self.hours)} on {self.workers} worker(s) of "
+            "store": f"{size(self.num_bytes)} in {self.objects:,} objects",
+            "memory a worker": f"weights {size(self.weight_bytes)}, shard "
+            f"{size(self.shard_bytes)} twice, pack about {size(self.pack_bytes)}",
+            "time": f"about {duration(self.hours)} on {self.workers} worker(s) of "
             f"{self.hardware}, at an assumed {self.assumed_utilization:.0%} of its peak, without "
             "starting and loading",
         }
@@ -138,6 +143,8 @@ def preflight(
     hardware: str | None = None,
     gpus: float = 1,
     cpus: float = 1,
+    prompts: int | None = None,
+    shard_mib: float = 128,
 ) -> Preflight:
     """Count what a plan will cost.
 
@@ -149,6 +156,8 @@ def preflight(
         hardware: Name in `HARDWARE`; None for this machine.
         gpus: GPUs of a worker.
         cpus: CPUs of a worker.
+        prompts: Count as if there were so many prompts, like those of the plan; None: its own.
+        shard_mib: `capture.shard_mib` of the run, which then sizes the shards.
 
     Raises:
         InvalidInput: Unknown hardware, or an engine that it cannot run.
@@ -160,24 +169,27 @@ def preflight(
         memory = worker_memory("cpu", workers, cpus, 0)
     else:
         memory = int(named.memory * min(gpus, 1))
-    weights = weight_bytes(planned.model, dtype)
+    weights = _weights(planned, dtype)
     choice = choose_engine(engine, weights, memory, "cuda" if on_gpu else "cpu", gpus)
     active, widest, attention = _block_sizes(planned, dtype)
+    factor = 1.0 if prompts is None else prompts / planned.num_prompts
     tokens, contexts, balance = _tokens(planned)
+    tokens, contexts = round(factor * tokens), factor * contexts
     flop = 2.0 * active * tokens + attention * contexts
     # Workers that share a GPU have no more of it together.
     devices = workers * (gpus if on_gpu else 1)
-    layouts = planned.cache.streams.values()
+    layouts = layouts_of(planned, prompts, shard_mib).values()
     layout = next(iter(layouts))
     itemsize = DTYPES[dtype].itemsize
     return Preflight(
+        prompts=planned.num_prompts if prompts is None else prompts,
         engine=choice.name,
         engine_why=choice.why,
-        tokens=planned.num_tokens,
-        trie_nodes=planned.num_nodes,
+        tokens=round(factor * planned.num_tokens),
+        trie_nodes=round(factor * planned.num_nodes),
         tokens_computed=tokens,
         tflop=flop / 1e12,
-        num_bytes=planned.num_bytes,
+        num_bytes=sum(int(np.prod(one.shape)) * one.itemsize for one in layouts),
         # Of each stream its shards and their records; the metadata, the plan, the marker.
         objects=len(layouts) * (2 * layout.num_shards + 1) + 6,
         weight_bytes=weights,
@@ -189,6 +201,48 @@ def preflight(
         hardware=named.name,
         assumed_utilization=named.utilization,
     )
+
+
+def layouts_of(
+    planned: Plan, prompts: int | None = None, shard_mib: float = 128
+) -> dict[str, StreamLayout]:
+    """Layouts of a plan's arrays, or of those of a corpus of so many prompts like its own.
+
+    Args:
+        prompts: See `preflight`.
+        shard_mib: See `preflight`.
+    """
+    streams = planned.cache.streams
+    if prompts is None:
+        return streams
+    num_rows = max(round(planned.num_rows * prompts / planned.num_prompts), 1)
+    first = next(iter(streams.values()))
+    by_size = choose_rows_per_shard(
+        len(first.layers),
+        [layout.width for layout in streams.values()],
+        first.itemsize,
+        target_bytes=int(shard_mib * 2**20),
+    )
+    # A small corpus is split all the same; see `plan`.
+    chunks = -(-num_rows // (MIN_SHARDS * first.rows_per_chunk))
+    rows_per_shard = min(by_size, chunks * first.rows_per_chunk)
+    return {
+        stream: replace(layout, num_rows=num_rows, rows_per_shard=rows_per_shard)
+        for stream, layout in streams.items()
+    }
+
+
+def _weights(planned: Plan, dtype: DtypeName) -> int:
+    """As `weight_bytes`; by its index if a model has one, so that its files need not be there."""
+    index = Path(planned.model.path) / "model.safetensors.index.json"
+    if not index.is_file():
+        return weight_bytes(planned.model, dtype)
+    try:
+        total = int(json.loads(index.read_text())["metadata"]["total_size"])
+    except (ValueError, KeyError, TypeError):
+        # Older tools write none.
+        return weight_bytes(planned.model, dtype)
+    return total * DTYPES[dtype].itemsize // (2 if planned.model.stored_half else 4)
 
 
 def _hardware(name: str | None, device: str, dtype: DtypeName) -> Hardware:
@@ -291,7 +345,8 @@ def _tokens(planned: Plan) -> tuple[int, float, float]:
     return round(share * sum(counts)) + packing.prefix, share * sum(keys), balance
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.3g} {unit}"
@@ -299,7 +354,8 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TiB"
 
 
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
+    """Hours for people."""
     if hours < 1 / 60:
         return f"{hours * 3600:.2g} s"
     return f"{hours * 60:.3g} min" if hours < 1 else f"{hours:.3g} h"

@@ -34,7 +34,7 @@ QUARANTINE_FILE: Final = "quarantine.jsonl"
 
 _ROWS_PER_CHUNK: Final = 32
 _NARROW: Final = 2048
-_MIN_SHARDS: Final = 32
+MIN_SHARDS: Final = 32
 """A small corpus is still split, so that several workers have something to do."""
 
 
@@ -256,7 +256,7 @@ def _layouts(run: RunFile, model: ModelInfo, num_rows: int) -> list[StreamLayout
         itemsize=4 if dtype == "float32" else 2,
         target_bytes=int(run.capture.shard_mib * 2**20),
     )
-    chunks = -(-num_rows // (_MIN_SHARDS * _ROWS_PER_CHUNK))
+    chunks = -(-num_rows // (MIN_SHARDS * _ROWS_PER_CHUNK))
     return [
         StreamLayout(
             stream=stream,
