@@ -34,6 +34,7 @@ from pipeline.extraction import models, workers
 from pipeline.prompts.plan import Plan, plan
 from pipeline.ray_runtime import Pool, check_device
 from pipeline.reduction.held_out import HELD_OUT, HeldOut, ProjectedSplit
+from pipeline.reduction.kept import find_kept
 from pipeline.reduction.methods import Method
 from pipeline.reduction.reduce import reduce
 from pipeline.reduction.results import Reduction
@@ -133,7 +134,7 @@ def open_run(run_file: str | Path, store: str = DEFAULT_STORE) -> OpenCache:
         InvalidInput: The run file or its prompts cannot be used.
     """
     opened, _ = _planned(run_file, store)
-    if not opened.cache.is_complete:
+    if not opened.cache.is_complete and find_kept(opened.root, opened.cache.digest) is None:
         raise NotFound(
             f"cache {opened.cache.digest[:12]} of {run_file} lacks {len(opened.cache.missing())} "
             f"of {opened.cache.num_shards} shards in {opened.root.url}; call extract instead, or "

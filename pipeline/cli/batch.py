@@ -271,12 +271,19 @@ def reduction_of(
         NotFound: `steerage reduce` has not been run.
     """
     from pipeline.reduction.results import Reduction, reduction_digest
+    from pipeline.reduction.sources import kept_rows
     from store.location import Location
 
-    method = method or run.reduce.method
-    extends = [planning(file, store)[2].cache.digest for file in run.reduce.extends]
-    digest = reduction_digest(planned.cache.digest, method, run.reduce.parameters(method), extends)
-    return Reduction.open(Location.open(store), digest)
+    root, method = Location.open(store), method or run.reduce.method
+    extends = [planning(file, store)[2].cache for file in run.reduce.extends]
+    digest = reduction_digest(
+        planned.cache.digest,
+        method,
+        run.reduce.parameters(method),
+        [cache.digest for cache in extends],
+        kept_rows(root, [planned.cache, *extends]),
+    )
+    return Reduction.open(root, digest)
 
 
 def reduction_summary(reduction: Reduction, top: int) -> dict[str, Any]:
@@ -291,6 +298,7 @@ def reduction_summary(reduction: Reduction, top: int) -> dict[str, Any]:
         "rows": dict(reduction.counts),
         "left_out": reduction.left_out,
         "extends": list(reduction.extends),
+        "rows_from": dict(reduction.rows_from),
         "path": where(reduction.location),
         "signs_in_doubt": list(reduction.signs_in_doubt),
     }
@@ -346,6 +354,8 @@ def print_reduction(summary: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if summary.get("rows_from"):
+        stdout.print("extracted with --no-cache: means are of all rows, the rest is of those kept")
     if summary.get("left_out"):
         stdout.print(f"left out as quarantined, with their pairs: {summary['left_out']:,} samples")
     stdout.print(f"written to {summary['path']}", highlight=False, soft_wrap=True)

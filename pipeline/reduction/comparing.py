@@ -92,7 +92,7 @@ def stored_beside(
     capture, extends = reduction.capture_digest, reduction.extends
     wanted = {name: value for name, value in wanted.items() if name != reduction.method}
     digests = {
-        method: reduction_digest(capture, method, parameters, extends)
+        method: reduction_digest(capture, method, parameters, extends, reduction.rows_from)
         for method, parameters in wanted.items()
     }
     found = {method: name for method, name in digests.items() if Reduction.exists(root, name)}
@@ -102,9 +102,10 @@ def stored_beside(
                 # What a killed run has left.
                 continue
             record = json.loads(root.get(f"reductions/{name}/reduction.json"))
-            same_rows = (record["capture_digest"], tuple(record.get("extends", ()))) == (
-                capture,
-                tuple(extends),
+            same_rows = (
+                record["capture_digest"] == capture
+                and tuple(record.get("extends", ())) == tuple(extends)
+                and record.get("rows_from", {}) == reduction.rows_from
             )
             if same_rows:
                 found.setdefault(record["method"], name)

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from pipeline.prompts.worklist import PROMPTS_FILE, select_worklist
 from pipeline.reduction.moment_store import moments_digest
+from pipeline.reduction.samples import block_names
 from store.activations import ActivationCache
 from store.errors import NotFound
 from store.location import Location
@@ -132,11 +133,11 @@ def choose_entries(index: pa.Table, keep_rows: int) -> NDArray[np.bool_]:
         index: Of the whole capture.
         keep_rows: Most array rows.
     """
-    block_N, names = _blocks(index)
+    block_N, names = block_names(index)
     row_N = index["row"].to_numpy()
     by_block = np.argsort(block_N, kind="stable")
     ends = np.searchsorted(block_N[by_block], np.arange(len(names) + 1))
-    digests = [hashlib.blake2b(f"kept/{name}".encode(), digest_size=16).digest() for name in names]
+    digests = [hashlib.blake2b(b"kept/" + name, digest_size=16).digest() for name in names]
     taken: set[int] = set()
     chosen_N = np.zeros(len(index), np.bool_)
     for block in sorted(range(len(names)), key=digests.__getitem__):
@@ -183,18 +184,6 @@ def _capture(cache: ActivationCache, keep_rows: int) -> dict[str, Any]:
     """The capture of the kept rows: that of all rows, and which of them."""
     capture = {name: value for name, value in cache.capture.items() if name != "rows_per_shard"}
     return capture | {"kept": {"of": cache.digest, "rule": _RULE, "rows": keep_rows}}
-
-
-def _blocks(index: pa.Table) -> tuple[NDArray[np.int64], list[str]]:
-    """A number for each entry's pair, or else prompt, and their names by number."""
-    pairs = index["pair"].combine_chunks().dictionary_encode()
-    prompts = index["prompt_id"].combine_chunks().dictionary_encode()
-    pair_N = pairs.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    prompt_N = prompts.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    names = [f"pair/{name}" for name in pairs.dictionary.to_pylist()]
-    block_N = np.where(pair_N >= 0, pair_N, len(names) + prompt_N)
-    names += [f"prompt/{name}" for name in prompts.dictionary.to_pylist()]
-    return block_N, names
 
 
 def _key(capture_digest: str) -> str:

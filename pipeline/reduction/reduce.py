@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -30,17 +30,19 @@ from pipeline.reduction.fits import (
 )
 from pipeline.reduction.held_out import Columns
 from pipeline.reduction.methods import OF_MOMENTS, OF_PAIRS, complete_parameters
-from pipeline.reduction.moment_store import num_count_tasks, training_moments
+from pipeline.reduction.moment_store import StoredMoments, num_count_tasks, training_moments
 from pipeline.reduction.pairs import check_pairs
 from pipeline.reduction.results import Reduction, reduction_digest
 from pipeline.reduction.scores import benjamini_hochberg, site_cosines
 from pipeline.reduction.scoring import Scored, not_finite, score
-from pipeline.reduction.sources import SPLITS, Source, TrainingRows, check_alike
+from pipeline.reduction.sources import SPLITS, Source, TrainingRows, check_alike, kept_rows
 from store.activations import ActivationCache
 from store.layout import StreamLayout
 from store.location import Location
 
 log = logging.getLogger(__name__)
+
+_CLASSES: Final = (("positive", True), ("negative", False))
 
 Requests = Sequence[tuple[str, Mapping[str, int | float]]]
 """Methods and their parameters; those that are not given have their defaults."""
@@ -117,8 +119,9 @@ def reduce_all(
     """
     wanted = {name: complete_parameters(name, parameters) for name, parameters in methods}
     others = [other.digest for other in extends]
+    rows_from = kept_rows(root, [cache, *extends])
     digests = {
-        name: reduction_digest(cache.digest, name, parameters, others)
+        name: reduction_digest(cache.digest, name, parameters, others, rows_from)
         for name, parameters in wanted.items()
     }
     missing = {n: wanted[n] for n, digest in digests.items() if not Reduction.exists(root, digest)}
@@ -133,7 +136,7 @@ def reduce_all(
 
 def _check_rows(sources: Sequence[Source], methods: Sequence[str]) -> None:
     where = sources[0].where
-    for name, label in (("positive", True), ("negative", False)):
+    for name, label in _CLASSES:
         if not any((s.chosen("train") & (s.samples.label_N == label)).any() for s in sources):
             raise InvalidInput(
                 f"{where}: no {name} row in the training split; "
@@ -196,7 +199,7 @@ def _compute(
     shuffled_LW = shuffled_difference(moments, list(streams))
     scored = score(root, streams, sources, fits, shuffled_LW, on_done=on_done)
     for name, fit in fits.items():
-        _write(root, sources, streams, name, methods[name], fit, scored[name], shuffled_LW)
+        _write(root, sources, streams, name, methods[name], fit, scored[name], moments, shuffled_LW)
 
 
 def _write(
@@ -207,6 +210,7 @@ def _write(
     parameters: Mapping[str, int | float],
     fit: Fit,
     scored: Scored,
+    moments: StoredMoments,
     shuffled_LW: Vectors,
 ) -> None:
     directions_LW = {
@@ -215,6 +219,20 @@ def _write(
     }
     names = [str(site) for site in site_names(streams)]
     doubtful = np.concatenate([scored.in_doubt_LH[stream].reshape(-1) for stream in streams])
+    counts = {
+        f"{split}_{name}": sum(
+            int((source.chosen(split) & (source.samples.label_N == label)).sum())
+            for source in sources
+        )
+        for split in SPLITS
+        for name, label in _CLASSES
+    }
+    if method in OF_MOMENTS:
+        # Of kept rows there are fewer.
+        stream = next(iter(streams))
+        counts |= {
+            f"train_{name}": moments.of(stream, label=label).count for name, label in _CLASSES
+        }
     in_doubt = [names[site] for site in np.flatnonzero(doubtful)]
     if in_doubt:
         log.warning("pca signs in doubt", extra={"sites": in_doubt, "num_sites": len(names)})
@@ -229,22 +247,11 @@ def _write(
             for stream, layout in streams.items()
         },
         scores=_score_table(streams, method, fit, scored, directions_LW),
-        counts={
-            f"{split}_{name}": sum(
-                int((source.chosen(split) & (source.samples.label_N == label)).sum())
-                for source in sources
-            )
-            for split in SPLITS
-            for name, label in (("positive", True), ("negative", False))
-        },
+        counts=counts,
         signs_in_doubt=in_doubt,
-        left_out=sum(source.samples.left_out for source in sources),
+        left_out=sum(source.left_out for source in sources),
         extends=[source.cache.digest for source in sources[1:]],
-        rows_from={
-            source.cache.digest: source.rows.digest
-            for source in sources
-            if source.rows is not source.cache
-        },
+        rows_from=kept_rows(root, [source.cache for source in sources]),
     )
 
 

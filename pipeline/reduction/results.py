@@ -42,6 +42,7 @@ def reduction_digest(
     method: str,
     parameters: Mapping[str, int | float] | None = None,
     extends: Sequence[str] = (),
+    rows_from: Mapping[str, str] | None = None,
 ) -> str:
     """The name of a reduction: what it is computed from, and how.
 
@@ -51,19 +52,26 @@ def reduction_digest(
         parameters: The method's; those that are not given have their defaults. They are part of the
             name, defaults as well, so that a default may change.
         extends: Digests of other captures whose rows count too.
+        rows_from: See `Reduction`.
 
     Raises:
         InvalidInput: Unknown method or parameter.
     """
     request = {"schema_version": REDUCTION_SCHEMA, "capture": capture, "method": method}
     parameters = complete_parameters(method, parameters)
-    return sha256_hex(canonical_json(request | _optional_fields(parameters, extends)))
+    return sha256_hex(
+        canonical_json(request | _optional_fields(parameters, extends, rows_from or {}))
+    )
 
 
 def _optional_fields(
-    parameters: Mapping[str, int | float], extends: Sequence[str]
+    parameters: Mapping[str, int | float], extends: Sequence[str], rows_from: Mapping[str, str]
 ) -> dict[str, Any]:
-    fields = {"parameters": dict(parameters), "extends": sorted(extends)}
+    fields = {
+        "parameters": dict(parameters),
+        "extends": sorted(extends),
+        "rows_from": dict(rows_from),
+    }
     return {name: value for name, value in fields.items() if value}
 
 
@@ -92,8 +100,8 @@ class Reduction:
             side is the positive class (``pca`` only).
         left_out: Samples that were left out, as they or others of their pairs are in quarantine.
         extends: Digests of other captures whose rows count too.
-        rows_from: Digest of the cache whose rows scores are of, by capture digest, where that is
-            not the capture's own.
+        rows_from: By capture digest, the cache of kept rows that scores, and the methods that need
+            rows, are of; empty where captures have all their rows.
     """
 
     digest: str
@@ -146,7 +154,7 @@ class Reduction:
         rows_from: Mapping[str, str] | None = None,
     ) -> Reduction:
         """Store a result. What a killed run has left of the same result is replaced."""
-        digest = reduction_digest(cache.digest, method, parameters, extends)
+        digest = reduction_digest(cache.digest, method, parameters, extends, rows_from)
         location = root.child(f"reductions/{digest}")
         sink = io.BytesIO()
         pq.write_table(scores, sink, compression="zstd")
@@ -165,13 +173,11 @@ class Reduction:
             "method": method,
             "counts": dict(counts),
             "num_heads": heads[0] if heads else None,
-        } | _optional_fields(parameters, extends)
+        } | _optional_fields(parameters, extends, rows_from or {})
         if signs_in_doubt:
             record["signs_in_doubt"] = list(signs_in_doubt)
         if left_out:
             record["left_out"] = left_out
-        if rows_from:
-            record["rows_from"] = dict(rows_from)
         location.put_same("reduction.json", canonical_json(record))
         return cls.open(root, digest)
 

@@ -45,7 +45,7 @@ class Blocks:
     def of(cls, index: pa.Table) -> Blocks:
         """Blocks of the samples of an index."""
         label_N = np.asarray(index["label"].to_numpy())
-        block_N, names = _block_names(index)
+        block_N, names = block_names(index)
         digests_B = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
         hash_B = np.frombuffer(b"".join(digests_B), ">u8")
         _, first_B = np.unique(block_N, return_index=True)
@@ -63,8 +63,8 @@ class Blocks:
         return cls(block_N, (rank_B % 2 == 1)[block_N], label_N ^ turned_N)
 
 
-def _block_names(index: pa.Table) -> tuple[NDArray[np.int64], list[bytes]]:
-    """A number for each sample's block, and the blocks' names by number."""
+def block_names(index: pa.Table) -> tuple[NDArray[np.int64], list[bytes]]:
+    """A number for each entry's block, see `Blocks`, and the blocks' names by number."""
     num = len(index)
     code_N, names = np.full(num, -1, np.int64), list[bytes]()
     for column in ("pair", "prompt_id"):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InvalidInput, NotFound
+from pipeline.reduction.kept import find_kept, find_record
 from pipeline.reduction.pairs import Pairs, find_pairs, pair_order
 from pipeline.reduction.samples import Samples, read_samples
 from store.activations import ActivationCache
@@ -31,28 +32,35 @@ class Source:
 
     Attributes:
         cache: The capture, whose digest names its Moments.
-        rows: The cache in which activations lie: the same.
+        rows: The cache in which activations lie: the same, or the kept rows of a capture that was
+            extracted with ``--no-cache``.
         samples: Those of `rows` that count.
+        left_out: Samples of `cache` that do not, as far as is known.
     """
 
     cache: ActivationCache
     rows: ActivationCache
     samples: Samples
+    left_out: int
 
     @classmethod
     def open(cls, root: Location, cache: ActivationCache) -> Source:
-        """The rows of a capture.
+        """The rows of a capture, or those that were kept of it.
 
         Raises:
-            NotFound: Its cache is not complete.
+            NotFound: Its cache is not complete, and no rows were kept.
         """
-        if not cache.is_complete:
+        if cache.is_complete:
+            samples = read_samples(cache)
+            return cls(cache, cache, samples, samples.left_out)
+        record, kept = find_record(root, cache.digest), find_kept(root, cache.digest)
+        if record is None or kept is None:
             raise NotFound(
                 f"cache {cache.digest[:12]} lacks {len(cache.missing())} of {cache.num_shards} "
                 "shards; run `steerage extract` on the same run file first",
                 kind="cache_incomplete",
             )
-        return cls(cache, cache, read_samples(cache))
+        return cls(cache, kept, read_samples(kept), record.left_out)
 
     @property
     def where(self) -> str:
@@ -134,6 +142,15 @@ def drawn_blocks(
     order = np.random.default_rng(0).permutation(len(names))
     kept = order[: int(np.searchsorted(np.cumsum(sizes[order]), most, side="right"))]
     return chosen_N & np.isin(block_N, names[kept])
+
+
+def kept_rows(root: Location, caches: Sequence[ActivationCache]) -> dict[str, str]:
+    """Digests of the kept rows of those captures whose own rows were not written, by theirs."""
+    return {
+        cache.digest: kept.digest
+        for cache in caches
+        if not cache.is_complete and (kept := find_kept(root, cache.digest)) is not None
+    }
 
 
 def check_alike(sources: Sequence[Source]) -> dict[str, StreamLayout]:
