@@ -81,9 +81,15 @@ def report(
 def _caches(root: Location, reduction: Reduction) -> list[ActivationCache]:
     """Those of a reduction's rows of which activations are still in the store."""
     from store.activations import ActivationCache
+    from store.errors import NotFound
 
-    digests = [reduction.capture_digest, *reduction.extends]
-    names = [reduction.rows_from.get(digest, digest) for digest in digests]
-    there = set(ActivationCache.list_digests(root))
-    caches = [ActivationCache.open(root, name) for name in names if name in there]
-    return [cache for cache in caches if cache.is_complete]
+    caches = []
+    for digest in (reduction.capture_digest, *reduction.extends):
+        try:
+            cache = ActivationCache.open(root, reduction.rows_from.get(digest, digest))
+        except NotFound:
+            # Removed since; the page says what it cannot show without them.
+            continue
+        if cache.is_complete:
+            caches.append(cache)
+    return caches
