@@ -31,6 +31,8 @@ LOCAL_RAY_NBYTES: Final = 128 << 20
 _VERIFIED_AT_A_TIME: Final = 8 << 20
 _PLANNED_OBJECTS: Final = 5
 """capture.json, the group's zarr.json, the index, the work list, and what was quarantined."""
+_HESSIANS: Final = 3
+"""Of a probe, about: one where the classes can hardly be told apart, seven where they can be."""
 _BANDWIDTHS: Final = (1e9, 10e9)
 
 
@@ -86,6 +88,7 @@ class Step:
         tasks: Units of work, of which a worker that is lost loses one.
         task_bytes: What the largest arrays of a task take, at most.
         ray_bytes: The largest object that goes through Ray's object store.
+        tflop: Of matrices; a step without is bound by what it reads and writes.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Step:
     tasks: int
     task_bytes: int
     ray_bytes: int
+    tflop: float = 0.0
 
     def readable(self) -> str:
         """For people."""
@@ -109,6 +113,8 @@ class Step:
             parts.append(f"{self.tasks:,} tasks of up to about {size(self.task_bytes)}")
         if self.ray_bytes:
             parts.append(f"largest object in Ray {size(self.ray_bytes)}")
+        if self.tflop:
+            parts.append(f"about {self.tflop:,.3g} TFLOP")
         return ", ".join(parts)
 
 
@@ -223,6 +229,7 @@ def run_costs(
                 num_layer_tasks(streams, list(methods)),
                 max(_fit_nbytes(layout, counts, reading) for layout in layouts),
                 _training_rows_nbytes(layouts[0].num_rows, counts),
+                sum(_fit_flop(layout, counts, reading) for layout in layouts) / 1e12,
             )
         )
     steps.append(
@@ -311,6 +318,25 @@ def _fit_nbytes(
         width = layout.width // num_heads + 1
         ending["probe"] = rows * (layout.width + width) * 4 + 3 * width**2 * 4
     return sum(held.values()) + max(ending.values()) + _read_ahead_nbytes(layout)
+
+
+def _fit_flop(
+    layout: StreamLayout, counts: SampleCounts, methods: Mapping[str, Mapping[str, int | float]]
+) -> float:
+    """Covariances and what is solved with them, in float64; probes' Hessians, in float32."""
+    num_heads = layout.num_heads or 1
+    width = layout.width // num_heads
+    flop = 0.0
+    # Of all rows, and of each half.
+    if "pca" in methods:
+        flop += 2 * counts.train_pairs * width**2 + 3 * 4 / 3 * width**3
+    if "lda" in methods:
+        flop += 2 * counts.train * width**2 + 3 * 1 / 3 * width**3
+    if "probe" in methods:
+        rows = min(counts.train, int(methods["probe"]["max_rows"]))
+        # BLAS computes half of a product that is symmetric.
+        flop += _HESSIANS * (2 * rows * width**2 + 3 * 1 / 3 * width**3)
+    return flop * num_heads * len(layout.layers)
 
 
 def _score_nbytes(layout: StreamLayout, counts: SampleCounts, methods: Mapping[str, Any]) -> int:

@@ -155,3 +155,24 @@ def test_what_will_not_go_well_is_said(make_plan: Any) -> None:
     assert "reduce: fit: an object of" in warning
     assert "use a cluster" in warning
     assert warning in costs.readable().values()
+
+
+def test_a_fit_costs_what_its_matrices_do(make_plan: Any) -> None:
+    planned = make_plan(rows=pairs(60))
+    streams = {"z": planned.cache.streams["z"]}
+    counts = SampleCounts(1200, 1000, 500, 100, 0)
+
+    def tflop(*methods: str) -> float:
+        named = {name: METHODS[name] for name in methods}
+        return sum(step.tflop for step in run_costs(streams, counts, named).steps)
+
+    assert tflop("difference_of_means") == 0
+    # Three layers of four heads of eight dims; the [D, D] matrices of 500 differences.
+    (layout,) = streams.values()
+    width = layout.width // layout.num_heads
+    sites = len(layout.layers) * layout.num_heads
+    assert tflop("pca") == pytest.approx(sites * 2 * 500 * width**2 / 1e12, rel=0.1)
+    assert tflop("pca", "lda") == pytest.approx(3 * tflop("pca"), rel=0.1)
+    fewer = dict(METHODS["probe"]) | {"max_rows": 100}
+    probe = run_costs(streams, counts, {"probe": fewer}).steps
+    assert sum(step.tflop for step in probe) < 0.2 * tflop("probe")
