@@ -51,10 +51,6 @@ class Journal:
     def __len__(self) -> int:
         return len(self._found)
 
-    def has(self, key: Mapping[str, Any]) -> bool:
-        """Whether it has been measured."""
-        return _name(key) in self._found
-
     def measured(
         self, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]
     ) -> Mapping[str, Any]:

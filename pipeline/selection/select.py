@@ -211,7 +211,7 @@ def select_by_search(
         InvalidInput: No such site was captured.
         GateRefused: No single site is within the caps.
     """
-    has_kl = bool(settings.caps.kl is not None)
+    has_kl = settings.caps.kl is not None
     tried: dict[tuple[tuple[Site, ...], float], Candidate] = {}
 
     def measure(sites: tuple[Site, ...], strength: float) -> Candidate:

@@ -45,8 +45,7 @@ class ValidationFile:
             most: Prompts of each suite, at most.
 
         Raises:
-            InvalidInput: As `load_suite_file`; no target; a target without a share; or a suite that
-                asks rows of every split, so that what is chosen on would be reported on as well.
+            InvalidInput: As `load_suite_file`; no target; or a target without a share.
             NotFound: No suite has a name of `targets`.
         """
         # Also says which names there are, where one is wrong.
@@ -113,12 +112,6 @@ class ValidationFile:
 
 
 def _moved(section: SuiteSection, most: int) -> SuiteSection:
-    if section.split is None:
-        raise InvalidInput(
-            f"suite {section.name!r} asks the rows of every split, so what is chosen on would be "
-            'reported on as well; give it split = "test", and selection asks "validation"',
-            kind="suite_split",
-        )
     return section.model_copy(update={"split": "validation", "limit": min(section.limit, most)})
 
 

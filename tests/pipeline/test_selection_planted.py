@@ -25,6 +25,7 @@ import pipeline.cli.select  # noqa: F401, it registers the command
 from pipeline.cli.app import app
 from pipeline.config import load_run_file
 from pipeline.errors import GateRefused, InvalidInput, NotFound
+from pipeline.extraction.models import load_model, load_tokenizer
 from pipeline.prompts.plan import plan
 from pipeline.reduction.reduce import reduce
 from pipeline.selection.journal import Journal
@@ -236,16 +237,20 @@ def test_the_cost_is_said_before_and_a_dry_run_stops_there(place, tmp_path):
     assert f"at most {5 * (4 + 3 + 2 + 1)} candidates, each 3 answers" in said
 
 
+def open_rows(place):
+    return (place.folder / "rows.jsonl").read_text().splitlines()
+
+
 def test_only_validation_prompts_are_asked(place):
     """Whatever split the suite file names: what is reported on is not chosen on."""
     file = ValidationFile.load(place.folder / "suites.toml", most=100)
-    from pipeline.evaluation.suite_file import _selected
-
-    for section in (*file.targets, file.fluency):
-        assert {e.split for _, pair in _selected(section, file.file) for e in pair} == {
-            "validation"
-        }
-    assert file.fluency.limit == 2
+    splits = {row["prompt"]: row["split"] for row in map(json.loads, open_rows(place))}
+    path = load_run_file(place.folder / "run.toml").model.path
+    model, tokenizer = load_model(path, "float32"), load_tokenizer(path)
+    suites = file.build([*file.targets, file.fluency], model, tokenizer)
+    assert [len(suite.prompts) for suite in suites] == [12, 2, 2]
+    for suite in suites:
+        assert {splits[prompt.user] for prompt in suite.prompts} == {"validation"}
     assert ValidationFile.load(place.folder / "suites.toml", most=1).targets[0].limit == 1
 
 
@@ -282,19 +287,6 @@ def test_a_suite_file_that_cannot_choose_says_what_it_lacks(place, tmp_path, tex
     (there.folder / "suites.toml").write_text(HEAD + text)
     with pytest.raises(InvalidInput, match=message):
         there.select(*flags)
-
-
-def test_a_suite_of_every_split_cannot_choose(tmp_path, place):
-    there = place.copy(tmp_path / "place")
-    (there.folder / "suites.toml").write_text(HEAD + BEGINS + TALKS)
-    assert ValidationFile.load(there.folder / "suites.toml", most=8).targets
-    # TOML has no null: a library that writes the file may leave the field so.
-    from pipeline.evaluation.suite_file import load_suite_file
-    from pipeline.selection.validation import _moved
-
-    section = load_suite_file(there.folder / "suites.toml").suites[0]
-    with pytest.raises(InvalidInput, match="asks the rows of every split"):
-        _moved(section.model_copy(update={"split": None}), 8)
 
 
 def test_what_is_missing_is_named(place, tmp_path):
@@ -335,15 +327,15 @@ def test_a_measurement_is_made_once(root):
 
     key = {"sites": ["z.0.1"], "strength": 8.0}
     first = Journal(root, {"prompts": "a"})
-    assert not first.has(key)
+    assert len(first) == 0
     assert first.measured(key, measure) == first.measured(key, measure)
     again = Journal(root, {"prompts": "a"})
-    assert again.has(key)
     assert len(again) == 1
     assert again.measured(key, measure) == {"share": 12.5, "kl": None}
     assert len(calls) == 1
     other = Journal(root, {"prompts": "b"})
-    assert (other.digest == first.digest, other.has(key)) == (False, False)
+    assert other.digest != first.digest
+    assert len(other) == 0
 
 
 def test_of_two_searches_that_measure_the_same_the_first_figures_stay(root):

@@ -245,7 +245,10 @@ directions = st.lists(
     min_size=1,
     max_size=15,
 )
-rules = st.builds(RefusalRules, st.floats(0, 1), st.floats(-5, 5), st.floats(0, 0.9))
+# Loose ones are among them, so that there is something to choose.
+rules = st.builds(
+    RefusalRules, st.floats(0, 1), st.floats(-20, 5), st.sampled_from([0.0, 0.2, 0.9])
+) | st.just(RefusalRules(1.0, -20.0, 0.0))
 
 
 def admissible(c, r):
@@ -291,6 +294,14 @@ def test_the_order_of_the_candidates_does_not_matter(found, r, order):
             choose_refusal(shuffled, LAYERS, r)
     else:
         assert choose_refusal(shuffled, LAYERS, r).ablated == chosen.ablated
+
+
+def test_of_two_that_keep_to_the_rules_the_one_that_stops_refusals_is_taken():
+    mild = RefusalCandidate(Site("resid_post", 2), -1, -1.0, 9.0, 0.01)
+    strong = RefusalCandidate(Site("resid_post", 1), -2, -3.0, 0.5, 0.09)
+    too_far = RefusalCandidate(Site("resid_post", 3), -1, -9.0, 0.5, 0.11)
+    assert choose_refusal([mild, strong, too_far], LAYERS, RefusalRules()) == strong
+    assert choose_refusal([mild, strong, too_far], LAYERS, RefusalRules(max_kl=0.2)) == too_far
 
 
 def test_layers_are_counted_by_the_block_input_that_a_direction_belongs_to():
