@@ -26,7 +26,8 @@ Headlines (a ratio of times: how many times faster we are, if not said otherwise
                          that a map_blocks widens, or float32, whichever is faster
     rss_growth_10x       peak memory (PSS of the driver and all that it starts) at ten times the
                          rows over once, of all that is counted
-    ray_two_workers      speed of two workers over one, one thread each; the page cache is warm
+    ray_two_workers      speed of two workers over one; the page cache is warm, and each worker is
+                         bound to a core: one that reads ahead would take two
     probes_vs_sklearn    see reduction_peers/probes_sklearn.py
 
 A table goes to stderr; the last line of stdout is one JSON object.
@@ -95,7 +96,13 @@ class Bench:
         return inputs.write_cache(Path(tempfile.mkdtemp(dir=self.folder)), rows)
 
     def ours(
-        self, cache: ActivationCache, what: str, *, workers: int = _THREADS, watch: bool = False
+        self,
+        cache: ActivationCache,
+        what: str,
+        *,
+        workers: int = _THREADS,
+        bound: bool = False,
+        watch: bool = False,
     ) -> Result:
         """Count in Ray tasks; see reduction_peers/ours.py."""
         path = cache.location.local_path()
@@ -105,6 +112,7 @@ class Bench:
             "digest": cache.digest,
             "workers": workers,
             "what": what,
+            "bound": bound,
             "out": str(self.folder / "ours.npy"),
         }
         return self._run("reduction_peers.ours", sys.executable, job, watch=watch)
@@ -256,8 +264,8 @@ def ray_workers(bench: Bench) -> Result:
     cache = bench.cache(bench.peer_gib)
     found = bench.turns(
         {
-            "one_worker": partial(bench.ours, cache, "means", workers=1),
-            "two_workers": partial(bench.ours, cache, "means", workers=2),
+            "one_worker": partial(bench.ours, cache, "means", workers=1, bound=True),
+            "two_workers": partial(bench.ours, cache, "means", workers=2, bound=True),
         },
         [],
     )
@@ -265,7 +273,12 @@ def ray_workers(bench: Bench) -> Result:
     headlines = _ratios("ray_two_workers", found["one_worker"], found["two_workers"])
     # Both start Ray, so the ratio with it says nothing of the workers.
     del headlines["ray_two_workers_with_start"]
-    return {"page_cache": "warm", "contestants": found, "headlines": headlines}
+    return {
+        "page_cache": "warm",
+        "cores": "one a worker",
+        "contestants": found,
+        "headlines": headlines,
+    }
 
 
 def probes(bench: Bench) -> Result:

@@ -4,14 +4,15 @@
 
 The job is an object: `store`, `digest`, `workers`, `what` (``means``: Moments of the two classes,
 of which the difference of means is taken; ``moments``: all that `steerage reduce` counts, eight
-groups and the pairs) and `out`, where the difference of means goes. The last line of stdout is one
-JSON object: `seconds` from the open cache to the result in memory, and `start_s`, which Ray took to
-start and its workers to import what they need.
+groups and the pairs), `bound` (each worker to a core of its own) and `out`, where the difference of
+means goes. The last line of stdout is one JSON object: `seconds` from the open cache to the result
+in memory, and `start_s`, which Ray took to start and its workers to import what they need.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -41,8 +42,10 @@ def main() -> None:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    importing = ray.remote(num_cpus=1)(_import)
-    ray.get([importing.remote() for _ in range(job["workers"])])
+    begin = ray.remote(num_cpus=1)(_begin)
+    cores = sorted(os.sched_getaffinity(0))[: job["workers"]]
+    begun = ray.get([begin.remote(core if job["bound"] else None) for core in cores])
+    assert not job["bound"] or len(set(begun)) == len(cores), "two workers share a core"
     running = time.perf_counter()
     cache = ActivationCache.open(root, job["digest"])
     samples = read_samples(cache)
@@ -64,9 +67,18 @@ def main() -> None:
     print(json.dumps(told))
 
 
-def _import() -> None:
-    """Have a worker import what a task will."""
+def _begin(core: int | None) -> int:
+    """Have a worker import what a task will, and stay on a core; its process.
+
+    The threads that a task starts stay there too.
+    """
     import pipeline.reduction.counting  # noqa: F401
+
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+        # Long enough for the other workers to begin, rather than for this one to do it twice.
+        time.sleep(2)
+    return os.getpid()
 
 
 def _counting(samples: Samples, what: str) -> Counting:
