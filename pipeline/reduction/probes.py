@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
 from pipeline.errors import InvalidInput
@@ -214,8 +215,12 @@ def _attempt(
     total = counts_N.sum()
     # Copied first: how BLAS sums depends on how the rows lie in memory.
     np.copyto(x_NE[:, :-1], features_ND)
-    mean_D = (counts_N / total) @ x_NE[:, :-1]
-    x_NE[:, :-1] -= mean_D
+    mean_E = (counts_N / total) @ x_NE
+    mean_E[-1] = 0
+    # In place, and five times as fast as numpy takes a row from rows.
+    (ger,) = scipy.linalg.get_blas_funcs(("ger",), (x_NE,))
+    x_NE = ger(-1, mean_E, np.ones_like(counts_N), a=x_NE.T, overwrite_a=1).T
+    mean_D = mean_E[:-1]
     weight_N = None if (counts_N == 1).all() else counts_N
     basis_DE = None
     if num_rows < width:
