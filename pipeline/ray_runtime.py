@@ -83,21 +83,23 @@ def ray_session(
     num_workers: int,
     *,
     cpus_per_worker: float = 1,
+    spare_cpus: int = 1,
 ) -> Iterator[None]:
     """Have Ray running inside the block; a Ray that runs already is used, and left running.
 
     Args:
         address: A cluster, such as ``auto`` or ``ray://head:10001``. None: a local Ray of this
             process, which ends with it.
-        num_workers: Worker processes that a local Ray has room for. One more CPU is declared, since
-            an actor pool that takes every CPU starves Ray Data's other stages for ever.
+        num_workers: Worker processes that a local Ray has room for.
         cpus_per_worker: CPUs that each of them reserves.
+        spare_cpus: Declared beside theirs. An actor pool that takes every CPU starves Ray Data's
+            other stages for ever; plain tasks need none, and would use it.
     """
     import ray
 
     started = not ray.is_initialized()
     if started:
-        _start(address, num_workers, cpus_per_worker)
+        _start(address, num_workers, cpus_per_worker, spare_cpus)
     _quiet_ray_data()
     # Ray prints the failures that it recovers from on stdout, some as late as in its shutdown; but
     # stdout is for results.
@@ -195,7 +197,9 @@ def num_actors_alive(class_name: str) -> int | None:
     return sum(class_name in actor["ActorClassName"] for actor in alive.values())
 
 
-def _start(address: str | None, num_workers: int, cpus_per_worker: float) -> None:
+def _start(
+    address: str | None, num_workers: int, cpus_per_worker: float, spare_cpus: int = 1
+) -> None:
     # Usage reports need a network that may not be there.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would warn of a default that it is going to change for tasks without a GPU.
@@ -209,7 +213,7 @@ def _start(address: str | None, num_workers: int, cpus_per_worker: float) -> Non
     settings: dict[str, Any] = {"address": address or "local", "logging_level": logging.ERROR}
     if address is None:
         settings |= {
-            "num_cpus": math.ceil(num_workers * cpus_per_worker) + 1,
+            "num_cpus": math.ceil(num_workers * cpus_per_worker) + spare_cpus,
             "include_dashboard": False,
             # Activations never pass through it; receipts are small.
             "object_store_memory": 128 << 20,

@@ -28,9 +28,9 @@ app = typer.Typer(
     those to inference nodes.
 
     A run file (TOML) says what is computed; flags say where and how. The usual order is
-    plan, extract, reduce, report (and train), publish, serve, promote, steer, evaluate; each step
-    finds what the one before has left in the store, and can be run again at any time. `steerage
-    repro` does all of it for a published method.""",
+    plan, extract, reduce, report, select (or train), publish, serve, promote, steer, evaluate;
+    each step finds what the one before has left in the store, and can be run again at any time.
+    `steerage repro` does all of it for a published method.""",
 )
 
 

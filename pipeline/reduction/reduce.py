@@ -129,7 +129,7 @@ def reduce_all(
         sources = [Source.open(root, one) for one in (cache, *extends)]
         streams = check_alike(sources)
         _check_rows(sources, list(missing))
-        with ray_session(address, num_workers):
+        with ray_session(address, num_workers, spare_cpus=0):
             _compute(root, sources, streams, missing, device, on_progress)
     return [Reduction.open(root, digest) for digest in digests.values()]
 
