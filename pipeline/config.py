@@ -130,7 +130,8 @@ class ReduceSection(_Section):
     """probe: weight of the L2 term beside the sum of log losses, over standardised features (1/C in
     scikit-learn's terms); 1 where it is not given."""
     max_rows: Annotated[int, Field(ge=2)] | None = None
-    """probe: most training samples, which a task holds in memory; 65536 where it is not given."""
+    """pca, probe and lda: most training samples that they are fitted on, whole pairs drawn with a
+    fixed seed; a task holds rows of them in memory. 65536 where it is not given."""
     shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None
     """lda: share of the covariance that is replaced by its mean variance; 0.1 where not given."""
 
@@ -142,10 +143,10 @@ class ReduceSection(_Section):
         given = {name: getattr(self, name) for name in _parameter_names()}
         for name, value in given.items():
             if value is not None and name not in known:
-                owner = next(m for m, named in DEFAULT_PARAMETERS.items() if name in named)
+                owners = [m for m, named in DEFAULT_PARAMETERS.items() if name in named]
                 raise ValueError(
-                    f"{name} is a parameter of the method {owner}, which is not computed; expected "
-                    f"{owner!r} as method or under compare"
+                    f"{name} is a parameter of {' and '.join(owners)}, which is not computed; "
+                    f"expected {' or '.join(owners)} as method or under compare"
                 )
         return self
 

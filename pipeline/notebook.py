@@ -38,7 +38,7 @@ from pipeline.reduction.kept import find_kept
 from pipeline.reduction.methods import Method
 from pipeline.reduction.reduce import reduce
 from pipeline.reduction.results import Reduction
-from pipeline.reduction.scoring import not_finite
+from pipeline.reduction.samples import not_finite
 from pipeline.reduction.sources import Source
 from steering_service.adapters.transformers import Steering, steered
 from steering_service.core.artifact import ModelReference, Policy, build

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from pipeline.reduction.directions import difference_of_means, paired_difference, site_names
 from pipeline.reduction.fitters import Fitter, LayerFit, make_fitter
-from pipeline.reduction.methods import OF_MOMENTS
 from pipeline.reduction.moment_store import StoredMoments
 from pipeline.reduction.moments import Moments
-from pipeline.reduction.passes import wait_for
+from pipeline.reduction.passes import MOST_RETRIES, wait_for
 from pipeline.reduction.sources import TrainingRows
 from store.activations import ActivationCache
 from store.bfloat16 import to_float32
@@ -82,10 +81,8 @@ def shuffled_difference(moments: StoredMoments, streams: Sequence[str]) -> Vecto
     }
 
 
-def num_layer_tasks(streams: Mapping[str, StreamLayout], methods: Sequence[str]) -> int:
-    """Tasks of `fit_layers`."""
-    if set(methods) <= set(OF_MOMENTS):
-        return 0
+def num_layer_tasks(streams: Mapping[str, StreamLayout]) -> int:
+    """Tasks of `fit_layers`, or of `scoring.score`."""
     return sum(len(layout.layers) for layout in streams.values())
 
 
@@ -109,7 +106,9 @@ def fit_layers(
 
     if not methods:
         return {}
-    task = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"), max_retries=-1)(_fit_layer)
+    task = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"), max_retries=MOST_RETRIES)(
+        _fit_layer
+    )
     shared = ray.put(list(sources))
     wanted = [(stream, layer) for stream, layout in streams.items() for layer in layout.layers]
     references = [task.remote(root.url, shared, *one, dict(methods), device) for one in wanted]

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import InvalidInput
 from pipeline.reduction.components import PairStream, first_component
 from pipeline.reduction.crossing import CrossSum
 from pipeline.reduction.directions import split_heads, whitened_difference
@@ -96,7 +97,8 @@ class ComponentFitter:
 
 
 class WhitenedFitter:
-    """Whitened difference of means (LDA). In memory are four [H, D, D] matrices."""
+    """Whitened difference of means (LDA). In memory are four [H, D, D] matrices, and up to twelve
+    more in the end."""
 
     def __init__(self, layout: StreamLayout, device: str, *, shrinkage: float) -> None:
         self._layout, self._shrinkage = layout, shrinkage
@@ -115,16 +117,25 @@ class WhitenedFitter:
     def fit(self) -> LayerFit:
         halves = [[total.moments() for total in sums_C] for sums_C in self._sums_2C]
         whole = [first.merge(second) for first, second in zip(*halves, strict=True)]
-        return LayerFit(np.stack([self._direction(*parts) for parts in (whole, *halves)]))
+        return LayerFit(np.stack([self._direction(*whole), *(self._half(*h) for h in halves)]))
 
     def _direction(self, negative: CrossMoments, positive: CrossMoments) -> NDArray[np.float32]:
+        return _vector(whitened_difference(positive, negative, self._shrinkage))
+
+    def _half(self, negative: CrossMoments, positive: CrossMoments) -> NDArray[np.float32]:
         if min(negative.count, positive.count) < _LEAST_ROWS:
             return _nothing(self._layout)
-        return _vector(whitened_difference(positive, negative, self._shrinkage))
+        try:
+            return self._direction(negative, positive)
+        except InvalidInput as error:
+            if error.kind != "shrinkage":
+                raise
+            # Of half the rows a covariance may be singular where that of all is not.
+            return _nothing(self._layout)
 
 
 class ProbeFitter:
-    """Logistic probes, all heads as one batched problem; holds the layer's drawn training rows.
+    """Logistic probes, all heads as one batched problem; holds the layer's training rows.
 
     Args:
         names: Of the layer's sites, for messages.
@@ -140,7 +151,7 @@ class ProbeFitter:
         self._source = source
 
     def add(self, rows: range, values_RW: NDArray[np.float32]) -> None:
-        counts_2CR = self._source.drawn_2CA[:, :, rows.start : rows.stop]
+        counts_2CR = self._source.counts_2CA[:, :, rows.start : rows.stop]
         used_R = counts_2CR.any(axis=(0, 1))
         self._values_NW.append(values_RW[used_R])
         self._counts_2CN.append(counts_2CR[:, :, used_R])
@@ -151,16 +162,27 @@ class ProbeFitter:
         counts_2CN = np.concatenate(self._counts_2CN, axis=2).astype(np.int64)
         whole = self._probes(values_NW, counts_2CN.sum(axis=0))
         norm_H = np.maximum(np.linalg.norm(whole.weights_SD, axis=1), 1e-300)
-        vectors = [_vector(whole.weights_SD / norm_H[:, None])]
-        for counts_CN in counts_2CN:
-            used_N = counts_CN.any(axis=0)
-            if counts_CN.sum(axis=1).min() < _LEAST_ROWS:
-                vectors.append(_nothing(self._layout))
-                continue
-            weights_HD = self._probes(values_NW[used_N], counts_CN[:, used_N]).weights_SD
-            norms_H1 = np.maximum(np.linalg.norm(weights_HD, axis=1, keepdims=True), 1e-300)
-            vectors.append(_vector(weights_HD / norms_H1))
+        vectors = [
+            _vector(whole.weights_SD / norm_H[:, None]),
+            *(self._half(values_NW, counts_CN) for counts_CN in counts_2CN),
+        ]
         return LayerFit(np.stack(vectors), -whole.intercept_S / norm_H)
+
+    def _half(
+        self, values_NW: NDArray[np.float32], counts_CN: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        if counts_CN.sum(axis=1).min() < _LEAST_ROWS:
+            return _nothing(self._layout)
+        used_N = counts_CN.any(axis=0)
+        try:
+            weights_HD = self._probes(values_NW[used_N], counts_CN[:, used_N]).weights_SD
+        except InvalidInput as error:
+            if error.kind != "probe_convergence":
+                raise
+            # Half of the rows may be apart where all are not.
+            return _nothing(self._layout)
+        norms_H1 = np.maximum(np.linalg.norm(weights_HD, axis=1, keepdims=True), 1e-300)
+        return _vector(weights_HD / norms_H1)
 
     def _probes(self, values_NW: NDArray[np.float32], counts_CN: NDArray[np.int64]) -> Probes:
         features_HND = split_heads(values_NW, self._layout).swapaxes(0, 1)

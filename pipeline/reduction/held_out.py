@@ -5,7 +5,7 @@ Shapes: N samples, A array rows, H heads of a layer, K directions, P pairs, S si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from pipeline.reduction.scores import (
     pair_accuracy,
     permutation_p,
 )
-from pipeline.reduction.sources import SPLITS, Source, drawn_blocks
+from pipeline.reduction.sources import SPLITS, Source, drawn, parts_of
 
 HELD_OUT: Final = SPLITS[1:]
 
@@ -31,6 +31,16 @@ AUROC of so many is known to half a point."""
 
 Columns = dict[str, NDArray[Any]]
 """Of the score table, [S] or [S, B], for some sites."""
+
+
+def scored_rows(sources: Sequence[Source]) -> list[ScoredRows]:
+    """The rows of some sources that are scored: at most `MOST_SCORED` of a split in all."""
+    sizes = {split: [int(one.chosen(split).sum()) for one in sources] for split in HELD_OUT}
+    parts = {split: parts_of(MOST_SCORED, sizes[split]) for split in HELD_OUT}
+    return [
+        ScoredRows.of(source, {split: parts[split][number] for split in HELD_OUT})
+        for number, source in enumerate(sources)
+    ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,21 +61,21 @@ class ScoredRows:
     held: dict[str, HeldOut]
 
     @classmethod
-    def of(cls, source: Source) -> ScoredRows:
-        """The rows of a source that are scored."""
+    def of(cls, source: Source, most: Mapping[str, int]) -> ScoredRows:
+        """The rows of a source that are scored, at most so many of each held-out split."""
         samples, label_N = source.samples, source.samples.label_N
         train_N, pairs = source.chosen("train"), source.pairs("train")
         return cls(
             source.rows.digest,
             np.array([samples.counts(train_N & (label_N == c)) for c in (False, True)], np.int32),
             samples.row_N[np.stack([pairs.positive_P, pairs.negative_P])],
-            {split: HeldOut.of(source, split) for split in HELD_OUT},
+            {split: HeldOut.of(source, split, most[split]) for split in HELD_OUT},
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldOut:
-    """Samples of a held-out split, at most `MOST_SCORED` of them.
+    """Samples of a held-out split that scores are of.
 
     Attributes:
         row_N: Int64 [N], their array rows.
@@ -80,9 +90,9 @@ class HeldOut:
     pairs_2P: NDArray[np.int64]
 
     @classmethod
-    def of(cls, source: Source, split: str) -> HeldOut:
+    def of(cls, source: Source, split: str, most: int = MOST_SCORED) -> HeldOut:
         samples = source.samples
-        chosen_N = drawn_blocks(samples.block_N, source.chosen(split), MOST_SCORED)
+        chosen_N = drawn(samples, source.chosen(split), most)
         pairs = source.pairs(split)
         number_N = np.cumsum(chosen_N) - 1
         kept_P = chosen_N[pairs.positive_P] & chosen_N[pairs.negative_P]

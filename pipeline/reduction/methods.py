@@ -12,9 +12,9 @@ Method = Literal["difference_of_means", "paired_difference", "pca", "probe", "ld
 DEFAULT_PARAMETERS: Final[Mapping[Method, Mapping[str, int | float]]] = {
     "difference_of_means": {},
     "paired_difference": {},
-    "pca": {"pair_order_seed": 0},
+    "pca": {"pair_order_seed": 0, "max_rows": 65536},
     "probe": {"l2": 1.0, "max_rows": 65536},
-    "lda": {"shrinkage": 0.1},
+    "lda": {"shrinkage": 0.1, "max_rows": 65536},
 }
 """Every parameter that changes a method's result. `reduction_digest` has them in it."""
 

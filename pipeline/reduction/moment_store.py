@@ -26,7 +26,7 @@ from pipeline.reduction.counting import Counted, Counting, count, num_tasks
 from pipeline.reduction.grouped import GroupedMoments
 from pipeline.reduction.moments import Moments
 from pipeline.reduction.pairs import Pairs
-from pipeline.reduction.samples import Samples
+from pipeline.reduction.samples import Samples, not_finite
 from store.activations import ActivationCache
 from store.digest import canonical_json, sha256_hex
 from store.errors import Conflict, Corrupt
@@ -180,10 +180,17 @@ def training_moments(
         samples: Of the cache.
         pairs: Of its training samples.
         on_done: Called with the number of tasks done; see `num_count_tasks`.
+
+    Raises:
+        InvalidInput: kind "not_finite", a training row is not finite.
     """
     if StoredMoments.exists(root, cache.digest):
         return StoredMoments.open(root, cache.digest)
     counted = count(cache, root, training_counting(samples, pairs), on_done=on_done)
+    for stream, one in counted.items():
+        # Stored, they would be found again after the rows were put right.
+        if not np.isfinite(one.groups.mean).all():
+            raise not_finite(f"cache {cache.digest[:12]}: a training row of {stream}")
     return StoredMoments(cache.digest, counted).write(root)
 
 

@@ -83,11 +83,11 @@ def find_pairs(index: pa.Table, chosen_N: NDArray[np.bool_]) -> Pairs:
 
 
 def check_pairs(pairs: Pairs, index: pa.Table, *, method: str, where: str) -> None:
-    """Refuse rows without a partner, and too few pairs to compare.
+    """Refuse rows without a partner.
 
     Raises:
-        InvalidInput: kind "pair_missing", a training row has no partner, the index says nothing of
-            pairs, or there is only one pair.
+        InvalidInput: kind "pair_missing", a training row has no partner, or the index says nothing
+            of pairs.
     """
     way_on = (
         "give the rows of a pair the same `pair` and split in the prompt file, capture one row a "
@@ -113,9 +113,17 @@ def check_pairs(pairs: Pairs, index: pa.Table, *, method: str, where: str) -> No
             f"first: {examples}; {way_on}",
             kind="pair_missing",
         )
-    if len(pairs) < 2:
+
+
+def check_enough(num_pairs: int, *, method: str, where: str) -> None:
+    """Refuse too few pairs to compare.
+
+    Raises:
+        InvalidInput: kind "pair_missing", there are fewer than two.
+    """
+    if num_pairs < 2:
         raise InvalidInput(
-            f"{where}: method {method} needs at least 2 training pairs, got {len(pairs)}; "
+            f"{where}: method {method} needs at least 2 training pairs, got {num_pairs}; "
             "add pairs, or lower the validation and test shares of the run file",
             kind="pair_missing",
         )

@@ -17,6 +17,8 @@ _READ_NBYTES: Final = 256 << 20
 """What a task reads at most, if it is more than one layer: a second of work, of which a killed
 worker loses half."""
 _MERGED_PER_TASK: Final = 4
+MOST_RETRIES: Final = 8
+"""Workers that may be lost over one layer: more is no accident, but too little memory."""
 
 
 def shard_groups(layout: StreamLayout) -> list[list[int]]:

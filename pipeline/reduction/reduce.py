@@ -31,11 +31,19 @@ from pipeline.reduction.fits import (
 from pipeline.reduction.held_out import Columns
 from pipeline.reduction.methods import OF_MOMENTS, OF_PAIRS, complete_parameters
 from pipeline.reduction.moment_store import StoredMoments, num_count_tasks, training_moments
-from pipeline.reduction.pairs import check_pairs
+from pipeline.reduction.pairs import check_enough, check_pairs
 from pipeline.reduction.results import Reduction, reduction_digest
+from pipeline.reduction.samples import not_finite
 from pipeline.reduction.scores import benjamini_hochberg, site_cosines
-from pipeline.reduction.scoring import Scored, not_finite, score
-from pipeline.reduction.sources import SPLITS, Source, TrainingRows, check_alike, kept_rows
+from pipeline.reduction.scoring import Scored, score
+from pipeline.reduction.sources import (
+    SPLITS,
+    Source,
+    TrainingRows,
+    check_alike,
+    kept_rows,
+    parts_of,
+)
 from store.activations import ActivationCache
 from store.layout import StreamLayout
 from store.location import Location
@@ -91,12 +99,13 @@ def reduce_all(
       training pairs. Where the class means say otherwise, a few pairs outweigh the many: that
       majority stands, the site is among `Reduction.signs_in_doubt`, and `build_artifact` refuses
       it, so that + is never published as the class that it is not.
-    - ``probe``: the weights of a logistic probe in activation space, norm 1 (ITI; METHODS 5), of at
-      most ``max_rows`` training samples, drawn as whole pairs. Accuracies are those of the probe,
-      at logit 0; those of the other methods are at the midpoint of the training classes' means.
+    - ``probe``: the weights of a logistic probe in activation space, norm 1 (ITI; METHODS 5).
+      Accuracies are those of the probe, at logit 0; those of the other methods are at the midpoint
+      of the training classes' means.
     - ``lda``: the difference of means whitened by the pooled covariance within the classes, norm 1.
 
-    Every method is scored beside a random direction and one of shuffled labels.
+    ``pca``, ``probe`` and ``lda`` are fitted on at most ``max_rows`` training samples, drawn as
+    whole pairs. Every method is scored beside a random direction and one of shuffled labels.
 
     Args:
         root: The store that holds the cache and takes the results.
@@ -115,10 +124,25 @@ def reduce_all(
         NotFound: A cache is not complete.
         InvalidInput: An unknown method or parameter; a class has no training row; for ``pca`` and
             ``paired_difference``, a training row has no partner; for ``probe``, a site does not
-            converge; or the caches differ in more than their prompts.
+            converge; the caches differ in more than their prompts, or one is named twice.
     """
     wanted = {name: complete_parameters(name, parameters) for name, parameters in methods}
+    if len(wanted) < len(methods):
+        raise InvalidInput(
+            f"a method is named twice among {', '.join(name for name, _ in methods)}; reduce by "
+            "one set of its parameters after the other",
+            kind="method",
+        )
+    # In one order, as the order of rows decides the last bits.
+    extends = sorted(extends, key=lambda one: one.digest)
     others = [other.digest for other in extends]
+    if len({cache.digest, *others}) <= len(others):
+        raise InvalidInput(
+            f"cache {cache.digest[:12]}: reduce.extends names one capture twice, or this one "
+            f"itself, and its rows would count twice: {', '.join(one[:12] for one in others)}; "
+            "name each once, and leave out of `files` what it has",
+            kind="sources_repeated",
+        )
     rows_from = kept_rows(root, [cache, *extends])
     digests = {
         name: reduction_digest(cache.digest, name, parameters, others, rows_from)
@@ -145,10 +169,20 @@ def _check_rows(sources: Sequence[Source], methods: Sequence[str]) -> None:
             )
     for method in methods:
         if method in OF_PAIRS:
+            num_pairs = 0
             for source in sources:
-                check_pairs(
-                    source.pairs("train"), source.samples.index, method=method, where=source.where
-                )
+                pairs = source.pairs("train")
+                check_pairs(pairs, source.samples.index, method=method, where=source.where)
+                num_pairs += len(pairs)
+            check_enough(num_pairs, method=method, where=where)
+    apart = sum(source.pairs_apart for source in sources)
+    if apart and "paired_difference" in methods:
+        raise InvalidInput(
+            f"{where}: of {apart:,} training pairs the sides were computed too far apart for "
+            "--no-cache to compare them; use difference_of_means, which is the same where each row "
+            "is in one pair, or run `steerage extract` without --no-cache",
+            kind="pairs_apart",
+        )
 
 
 def _compute(
@@ -161,8 +195,9 @@ def _compute(
 ) -> None:
     """Compute and store the reductions of some methods; Ray runs."""
     counting = [num_count_tasks(root, source.cache) for source in sources]
-    num_fits = num_layer_tasks(streams, list(methods))
-    total = sum(counting) + num_fits + sum(len(layout.layers) for layout in streams.values())
+    reading = {name: parameters for name, parameters in methods.items() if name not in OF_MOMENTS}
+    num_reads = len({parameters["max_rows"] for parameters in reading.values()}) + 1
+    total = sum(counting) + num_reads * num_layer_tasks(streams)
     done_before = 0
 
     def on_done(done: int) -> None:
@@ -182,18 +217,17 @@ def _compute(
     fits: dict[str, Fit] = {
         name: fit_moments(moments, list(streams), name) for name in methods if name in OF_MOMENTS
     }
-    reading = {name: parameters for name, parameters in methods.items() if name not in OF_MOMENTS}
-    if reading:
+    # Those that are fitted on as many rows share a read; of one run file, all do.
+    for most in sorted({int(parameters["max_rows"]) for parameters in reading.values()}):
+        together = {name: one for name, one in reading.items() if one["max_rows"] == most}
+        seed = int(together.get("pca", {}).get("pair_order_seed", 0))
+        sizes = [int(source.chosen("train").sum()) for source in sources]
         rows = [
-            TrainingRows.of(
-                source,
-                pair_order_seed=int(methods.get("pca", {}).get("pair_order_seed", 0)),
-                max_rows=int(methods.get("probe", {}).get("max_rows", 0)),
-            )
-            for source in sources
+            TrainingRows.of(source, pair_order_seed=seed, max_rows=part)
+            for source, part in zip(sources, parts_of(most, sizes), strict=True)
         ]
-        fits |= fit_layers(root, streams, rows, reading, device=device, on_done=on_done)
-    done_before += num_fits
+        fits |= fit_layers(root, streams, rows, together, device=device, on_done=on_done)
+        done_before += num_layer_tasks(streams)
     for fit in fits.values():
         _check_finite(fit, streams)
     shuffled_LW = shuffled_difference(moments, list(streams))

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.errors import InvalidInput
 from store.activations import ActivationCache
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,9 @@ class Blocks:
     Attributes:
         block_N: Int64 [N], equal for samples of one block.
         half_N: Bool [N], in which half of its split a sample's block is.
-        shuffled_N: Bool [N], shuffled labels: the other class in half of the blocks of each half.
-            Of a pair both sides change, so that each shuffled class has as many of either label.
+        shuffled_N: Bool [N], shuffled labels: the other class in half of the blocks. Of a pair both
+            sides change, so that each shuffled class has as many of either label, but for an odd
+            block.
     """
 
     block_N: NDArray[np.int64]
@@ -59,7 +61,8 @@ class Blocks:
         sizes = np.diff(np.append(starts, len(order)))
         rank_B = np.empty(len(order), np.int64)
         rank_B[order] = np.arange(len(order)) - np.repeat(starts, sizes)
-        turned_N = (rank_B // 2 % 2 == 1)[block_N]
+        # 0 1 1 0: half of the blocks, however many there are.
+        turned_N = ((rank_B + 1) // 2 % 2 == 1)[block_N]
         return cls(block_N, (rank_B % 2 == 1)[block_N], label_N ^ turned_N)
 
 
@@ -177,3 +180,12 @@ def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:
     """A number for each value of a column; -1 where it has none."""
     indices = column.combine_chunks().dictionary_encode().indices
     return np.asarray(indices.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
+
+
+def not_finite(what: str) -> InvalidInput:
+    """The error of values that are NaN or infinite where no row is in quarantine."""
+    return InvalidInput(
+        f"{what} is not finite, so rows that are not in quarantine hold NaN or infinity; run "
+        "`steerage verify`, which finds a quarantine that was lost",
+        kind="not_finite",
+    )

@@ -172,11 +172,13 @@ def permutation_p(
 ) -> NDArray[np.float64]:
     """One-sided p of `auroc` when labels are permuted within blocks: is it above chance?
 
-    A pair is a block: its sides are swapped or not. Rows of blocks of one class, such as those
-    without a pair, form one block together. The rank sum of the positive rows then has an exact
-    mean and variance, ties included (each block is a draw without replacement from its ranks), and
-    p is the normal tail. Sampled permutations could say no less than one over their number, and a
-    thousand sites need more than that. Where the classes are apart, the tail errs upwards.
+    A pair is a block: its sides are swapped or not. Blocks of one class, such as prompts without a
+    pair, form one block together. Several rows of a class in a block, such as the tokens of a
+    prompt, go together and count as one, of their mean rank: they are not independent. The rank sum
+    of the positive sides then has an exact mean and variance, ties included (each block is a draw
+    without replacement from its ranks), and p is the normal tail. Sampled permutations could say no
+    less than one over their number, and a thousand sites need more than that. Where the classes are
+    apart, the tail errs upwards.
 
     Args:
         values_NS: [N, S] projections, finite.
@@ -188,21 +190,29 @@ def permutation_p(
     """
     if label_N.all() or not label_N.any():
         return np.full(values_NS.shape[1], np.nan)
-    order_N, start_K = _permuted_blocks(label_N, block_N)
-    label_N = label_N[order_N]
-    size_K1 = np.diff(np.append(start_K, len(order_N)))[:, None].astype(np.float64)
-    positive_K1 = np.add.reduceat(label_N.astype(np.float64), start_K)[:, None]
+    # Sides of blocks: U of them, each the rows from `first_U` on in the order of `by_side_N`.
+    _, block_N = np.unique(block_N, return_inverse=True)
+    side_N = block_N * 2 + label_N
+    by_side_N = np.argsort(side_N, kind="stable")
+    first_U = np.flatnonzero(np.diff(side_N[by_side_N], prepend=-1))
+    num_U1 = np.diff(np.append(first_U, len(side_N)))[:, None]
+    label_U = label_N[by_side_N[first_U]]
+    order_U, start_K = _permuted_blocks(label_U, block_N[by_side_N[first_U]])
+    label_U = label_U[order_U]
+    size_K1 = np.diff(np.append(start_K, len(order_U)))[:, None].astype(np.float64)
+    positive_K1 = np.add.reduceat(label_U.astype(np.float64), start_K)[:, None]
     p_S = np.empty(values_NS.shape[1])
     for at in _site_blocks(values_NS):
         # About their mean, so that sums of squares do not cancel.
-        rank_NS = scipy.stats.rankdata(values_NS[order_N, at], axis=0) - (len(order_N) + 1) / 2
-        sum_KS = np.add.reduceat(rank_NS, start_K)
-        squares_KS = np.add.reduceat(np.square(rank_NS), start_K) - np.square(sum_KS) / size_K1
+        rank_NS = scipy.stats.rankdata(values_NS[by_side_N, at], axis=0) - (len(label_N) + 1) / 2
+        rank_US = (np.add.reduceat(rank_NS, first_U) / num_U1)[order_U]
+        sum_KS = np.add.reduceat(rank_US, start_K)
+        squares_KS = np.add.reduceat(np.square(rank_US), start_K) - np.square(sum_KS) / size_K1
         share_K1 = positive_K1 / size_K1
         mean_S = (share_K1 * sum_KS).sum(axis=0)
         spread_K1 = share_K1 * (size_K1 - positive_K1) / np.maximum(size_K1 - 1, 1)
         variance_S = (spread_K1 * squares_KS).sum(axis=0)
-        excess_S = rank_NS[label_N].sum(axis=0) - mean_S
+        excess_S = rank_US[label_U].sum(axis=0) - mean_S
         varies_S = variance_S > 1e-9
         z_S = excess_S / np.sqrt(np.where(varies_S, variance_S, 1))
         p_S[at] = np.where(varies_S, scipy.stats.norm.sf(z_S), 1.0)
@@ -212,7 +222,7 @@ def permutation_p(
 def _permuted_blocks(
     label_N: NDArray[np.bool_], block_N: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows in the order of the blocks that labels are permuted within, and where each begins."""
+    """Sides in the order of the blocks that labels are permuted within, and where each begins."""
     _, block_N = np.unique(block_N, return_inverse=True)
     size_K = np.bincount(block_N)
     positive_K = np.bincount(block_N, weights=label_N)

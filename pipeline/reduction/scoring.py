@@ -17,13 +17,20 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import InvalidInput
 from pipeline.reduction.components import sign_by_pairs
 from pipeline.reduction.directions import random_directions, split_heads
 from pipeline.reduction.fits import Fit, Vectors
-from pipeline.reduction.held_out import HELD_OUT, Columns, Places, ProjectedSplit, ScoredRows
+from pipeline.reduction.held_out import (
+    HELD_OUT,
+    Columns,
+    Places,
+    ProjectedSplit,
+    ScoredRows,
+    scored_rows,
+)
 from pipeline.reduction.moments import Moments
-from pipeline.reduction.passes import wait_for
+from pipeline.reduction.passes import MOST_RETRIES, wait_for
+from pipeline.reduction.samples import not_finite
 from pipeline.reduction.scores import auroc
 from pipeline.reduction.sources import Source
 from store.activations import ActivationCache
@@ -68,8 +75,8 @@ def score(
     """
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=-1)(_score_layer)
-    shared = ray.put([ScoredRows.of(source) for source in sources])
+    task = ray.remote(num_cpus=1, max_retries=MOST_RETRIES)(_score_layer)
+    shared = ray.put(scored_rows(sources))
     references = []
     for stream, layout in streams.items():
         random_LW = random_directions(layout, RANDOM_SEED)
@@ -108,15 +115,6 @@ def _joined(method: str, by_stream: Mapping[str, Sequence[dict[str, _LayerScores
         },
         {stream: np.stack([row.sign_H for row in rows]) for stream, rows in of_method.items()},
         {stream: np.stack([row.in_doubt_H for row in rows]) for stream, rows in of_method.items()},
-    )
-
-
-def not_finite(what: str) -> InvalidInput:
-    """The error of values that are NaN or infinite where no row is in quarantine."""
-    return InvalidInput(
-        f"{what} is not finite, so rows that are not in quarantine hold NaN or infinity; run "
-        "`steerage verify`, which finds a quarantine that was lost",
-        kind="not_finite",
     )
 
 

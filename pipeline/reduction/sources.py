@@ -22,8 +22,9 @@ from store.location import Location
 
 SPLITS: Final = ("train", "validation", "test")
 
-_SAME_PROMPTS: Final = ("template", "system", "close_turn")
-"""Settings of [prompts] that decide what an activation is of."""
+_SAME_PROMPTS: Final = ("template", "system", "close_turn", "validation_share", "test_share")
+"""Settings of [prompts] that decide what an activation is of, and which split it is in: a prompt of
+both must not be trained on by one and tested by the other."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,12 +37,14 @@ class Source:
             extracted with ``--no-cache``.
         samples: Those of `rows` that count.
         left_out: Samples of `cache` that do not, as far as is known.
+        pairs_apart: Training pairs of `cache` that are not in its Moments.
     """
 
     cache: ActivationCache
     rows: ActivationCache
     samples: Samples
     left_out: int
+    pairs_apart: int = 0
 
     @classmethod
     def open(cls, root: Location, cache: ActivationCache) -> Source:
@@ -60,7 +63,7 @@ class Source:
                 "shards; run `steerage extract` on the same run file first",
                 kind="cache_incomplete",
             )
-        return cls(cache, kept, read_samples(kept), record.left_out)
+        return cls(cache, kept, read_samples(kept), record.left_out, record.pairs_apart)
 
     @property
     def where(self) -> str:
@@ -83,16 +86,14 @@ class TrainingRows:
     Attributes:
         digest: Of the cache that holds the rows.
         counts_2CA: Int32 [2, 2, A], how many training samples of each half and class (negative,
-            positive) an array row has.
-        drawn_2CA: The same of the samples that methods use which hold all rows in memory.
-        positive_P, negative_P: Int64, array rows of the training pairs.
+            positive) an array row has, of those that were drawn.
+        positive_P, negative_P: Int64, array rows of the drawn training pairs.
         signs_P: Float64, the order within each pair that `pca` reads it in.
         half_P: Bool, which half a pair is in.
     """
 
     digest: str
     counts_2CA: NDArray[np.int32]
-    drawn_2CA: NDArray[np.int32]
     positive_P: NDArray[np.int64]
     negative_P: NDArray[np.int64]
     signs_P: NDArray[np.float64]
@@ -103,15 +104,21 @@ class TrainingRows:
         """The training rows of a source.
 
         Args:
-            max_rows: Most samples that `drawn_2CA` counts.
+            max_rows: Most samples of it; see `drawn`.
         """
-        samples, train_N = source.samples, source.chosen("train")
-        pairs = source.pairs("train")
-        drawn_N = drawn_blocks(samples.block_N, train_N, max_rows)
+        samples = source.samples
+        drawn_N = drawn(samples, source.chosen("train"), max_rows)
+        pairs = find_pairs(samples.index, drawn_N)
+        counts_2CA = [
+            [
+                samples.counts(drawn_N & (samples.half_N == half) & (samples.label_N == label))
+                for label in (False, True)
+            ]
+            for half in (False, True)
+        ]
         return cls(
             source.rows.digest,
-            _counts(samples, train_N),
-            _counts(samples, drawn_N),
+            np.array(counts_2CA, np.int32),
             samples.row_N[pairs.positive_P],
             samples.row_N[pairs.negative_P],
             pair_order(pairs.names, pair_order_seed),
@@ -119,29 +126,42 @@ class TrainingRows:
         )
 
 
-def _counts(samples: Samples, chosen_N: NDArray[np.bool_]) -> NDArray[np.int32]:
-    return np.array(
-        [
-            [
-                samples.counts(chosen_N & (samples.half_N == half) & (samples.label_N == label))
-                for label in (False, True)
-            ]
-            for half in (False, True)
-        ],
-        np.int32,
-    )
+def parts_of(most: int, sizes: Sequence[int]) -> list[int]:
+    """Most samples of each source, in proportion to its size, so that there are `most` in all."""
+    total = sum(sizes)
+    if total <= most:
+        return list(sizes)
+    return [most * size // total for size in sizes]
 
 
-def drawn_blocks(
-    block_N: NDArray[np.int64], chosen_N: NDArray[np.bool_], most: int
-) -> NDArray[np.bool_]:
-    """Bool [N]: of the chosen samples at most so many, whole blocks, the same in every run."""
-    if chosen_N.sum() <= most:
+def drawn(samples: Samples, chosen_N: NDArray[np.bool_], most: int) -> NDArray[np.bool_]:
+    """Bool [N]: of the chosen samples about so many, whole blocks, the same in every run.
+
+    Pairs and blocks of either class are drawn in proportion, and at least one of each, however
+    large: a class that is there stays there.
+    """
+    size = int(chosen_N.sum())
+    if size <= most:
         return chosen_N
-    names, sizes = np.unique(block_N[chosen_N], return_counts=True)
-    order = np.random.default_rng(0).permutation(len(names))
-    kept = order[: int(np.searchsorted(np.cumsum(sizes[order]), most, side="right"))]
-    return chosen_N & np.isin(block_N, names[kept])
+    block_N, label_N = samples.block_N, samples.label_N
+    names = np.unique(block_N[chosen_N])
+    sides_2B = np.array(
+        [
+            np.bincount(
+                np.searchsorted(names, block_N[chosen_N & (label_N == label)]),
+                minlength=len(names),
+            )
+            for label in (False, True)
+        ]
+    )
+    kind_B = (sides_2B[0] > 0) + 2 * (sides_2B[1] > 0)
+    kept = []
+    for kind in np.unique(kind_B):
+        blocks = np.random.default_rng(0).permutation(np.flatnonzero(kind_B == kind))
+        ends = np.cumsum(sides_2B[:, blocks].sum(axis=0))
+        wanted = most * int(ends[-1]) // size
+        kept.append(blocks[: max(1, int(np.searchsorted(ends, wanted, side="right")))])
+    return chosen_N & np.isin(block_N, names[np.concatenate(kept)])
 
 
 def kept_rows(root: Location, caches: Sequence[ActivationCache]) -> dict[str, str]:
@@ -163,11 +183,11 @@ def check_alike(sources: Sequence[Source]) -> dict[str, StreamLayout]:
     for other in sources[1:]:
         mine, theirs = _kind(first.cache), _kind(other.cache)
         if mine != theirs:
-            wrong = next(key for key in mine if mine[key] != theirs.get(key))
+            wrong = next(key for key in mine | theirs if mine.get(key) != theirs.get(key))
             raise InvalidInput(
                 f"{other.where} cannot extend {first.where}: {wrong} differs, expected "
-                f"{mine[wrong]!r}, got {theirs.get(wrong)!r}; reduce.extends takes run files that "
-                "differ in their prompts alone",
+                f"{mine.get(wrong)!r}, got {theirs.get(wrong)!r}; reduce.extends takes run files "
+                "that differ in their prompts alone",
                 kind="sources_differ",
             )
     return dict(first.rows.streams)

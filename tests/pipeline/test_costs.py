@@ -17,7 +17,7 @@ from pipeline.extraction.preflight import layouts_of, preflight
 from pipeline.prompts.packing import Packing
 from pipeline.prompts.plan import Plan
 from pipeline.prompts.worklist import read_shard
-from pipeline.reduction.held_out import ScoredRows
+from pipeline.reduction.held_out import scored_rows
 from pipeline.reduction.methods import DEFAULT_PARAMETERS
 from pipeline.reduction.reduce import reduce_all
 from pipeline.reduction.sources import Source, TrainingRows
@@ -101,7 +101,7 @@ def test_what_is_told_of_each_step_is_what_it_does(
     source = Source.open(root, cache)
     for step, shared in (
         ("reduce: fit", TrainingRows.of(source, pair_order_seed=0, max_rows=1000)),
-        ("reduce: score", ScoredRows.of(source)),
+        ("reduce: score", scored_rows([source])[0]),
     ):
         extra = len(pickle.dumps(shared)) - steps[step].ray_bytes
         # What pickle says of them, and splits that are not alike.
@@ -148,13 +148,13 @@ def test_a_model_is_told_of_by_its_index_without_its_files(
 def test_what_will_not_go_well_is_said(make_plan: Any) -> None:
     planned = make_plan(rows=pairs(60))
     assert costs_of(planned).warnings == ()
-    costs = costs_of(planned, 4_000_000)
+    costs = costs_of(planned, 8_000_000)
     fit = next(step for step in costs.steps if step.name == "reduce: fit")
     assert fit.ray_bytes > LOCAL_RAY_NBYTES
-    (warning,) = costs.warnings
-    assert "reduce: fit: an object of" in warning
-    assert "use a cluster" in warning
-    assert warning in costs.readable().values()
+    assert any("reduce: fit: an object of" in warning for warning in costs.warnings)
+    for warning in costs.warnings:
+        assert "use a cluster" in warning
+        assert warning in costs.readable().values()
 
 
 def test_a_fit_costs_what_its_matrices_do(make_plan: Any) -> None:

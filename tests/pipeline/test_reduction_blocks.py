@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pipeline.reduction.components import PairStream
 from pipeline.reduction.crossing import CrossSum
 from pipeline.reduction.moments import CrossMoments
-from pipeline.reduction.samples import Blocks
-from pipeline.reduction.sources import drawn_blocks
+from pipeline.reduction.samples import Blocks, Samples
+from pipeline.reduction.sources import drawn, parts_of
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -52,8 +52,7 @@ def test_halves_and_shuffled_labels_are_whole_and_balanced(num_pairs, num_alone,
         for group_N in groups:
             size = group_N.sum()
             assert blocks.half_N[group_N].sum() == size // 2
-            # Of every four, the third and the fourth are turned: one in each half.
-            assert abs(turned_N[group_N].sum() - size / 2) <= 1
+            assert abs(turned_N[group_N].sum() - size / 2) <= 0.5
 
 
 def test_another_order_of_the_index_gives_the_same_halves():
@@ -73,18 +72,54 @@ def test_without_names_each_entry_is_a_block():
     assert blocks.half_N.sum() == 4
 
 
-@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=20), most=st.integers(0, 60))
-def test_drawn_samples_are_whole_blocks_and_no_more_than_asked_for(sizes, most):
+def samples_of(block_N, label_N):
+    index = pa.table({"label": label_N, "split": ["train"] * len(label_N)})
+    blocks = Blocks(block_N, label_N, label_N)
+    return Samples(index, np.arange(len(label_N)), len(label_N), 0, blocks)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=30),
+    most=st.integers(1, 60),
+    seed=SEEDS,
+)
+def test_drawn_samples_are_whole_blocks_of_each_kind(sizes, most, seed):
+    """About as many as asked for, in proportion; and of every kind that is there at least one."""
+    random = np.random.default_rng(seed)
     block_N = np.repeat(np.arange(len(sizes)), sizes)
-    chosen_N = np.ones(len(block_N), np.bool_)
-    drawn_N = drawn_blocks(block_N, chosen_N, most)
-    assert drawn_N.sum() <= max(most, 0)
+    kind_B = random.integers(0, 3, len(sizes))
+    label_N = np.where(kind_B[block_N] == 2, np.arange(len(block_N)) % 2, kind_B[block_N]) == 1
+    samples = samples_of(block_N, label_N)
+    chosen_N = random.random(len(block_N)) < 0.9
+    drawn_N = drawn(samples, chosen_N, most)
+    assert not (drawn_N & ~chosen_N).any()
+    assert np.array_equal(drawn_N, drawn(samples, chosen_N, most))
+    if chosen_N.sum() <= most:
+        assert np.array_equal(drawn_N, chosen_N)
+        return
+    assert drawn_N.sum() <= most + 3 * 5
     for block in range(len(sizes)):
-        assert len(set(drawn_N[block_N == block])) == 1
-    if len(block_N) <= most:
-        assert drawn_N.all()
-    elif most >= max(sizes):
-        assert drawn_N.sum() > most - max(sizes)
+        assert len(set(drawn_N[(block_N == block) & chosen_N])) <= 1
+    for label in (True, False):
+        assert drawn_N[chosen_N & (label_N == label)].any() == (chosen_N & (label_N == label)).any()
+
+
+def test_a_block_larger_than_all_that_is_wanted_is_drawn():
+    """Two prompts of many tokens each: a class would be lost otherwise."""
+    block_N = np.repeat([0, 1, 2, 3], 100)
+    label_N = block_N < 2
+    drawn_N = drawn(samples_of(block_N, label_N), np.ones(400, np.bool_), 50)
+    assert drawn_N.sum() == 200
+    assert drawn_N[label_N].sum() == 100
+
+
+@given(most=st.integers(1, 100), sizes=st.lists(st.integers(0, 50), min_size=1, max_size=5))
+def test_sources_have_their_parts(most, sizes):
+    parts = parts_of(most, sizes)
+    assert all(part <= size for part, size in zip(parts, sizes, strict=True))
+    assert sum(parts) <= max(most, 0) or sum(sizes) <= most
+    if sum(sizes) > most:
+        assert sum(parts) > most - len(sizes)
 
 
 @given(
@@ -137,8 +172,3 @@ def test_a_cross_sum_of_nothing_is_neutral():
     assert empty.count == 0
     full = CrossMoments.of(np.random.default_rng(0).standard_normal((5, 2, 3)))
     assert empty.merge(full) is full
-
-
-def test_a_split_of_other_prompts_is_not_drawn():
-    block_N, chosen_N = np.arange(10), np.arange(10) < 4
-    assert not (drawn_blocks(block_N, chosen_N, 3) & ~chosen_N).any()

@@ -124,7 +124,7 @@ def reduced(ray_running, tmp_path_factory):
 def test_pca_is_that_of_the_training_pairs(reduced):
     _, _, values, planted, results = reduced
     reduction = results["pca"]
-    assert reduction.parameters == {"pair_order_seed": 0}
+    assert reduction.parameters == {"pair_order_seed": 0, "max_rows": 65536}
     train = np.flatnonzero(values["split"] == "train")
     rows = {(values["pair"][row], bool(values["label"][row])): row for row in train}
     pairs = sorted({pair for pair, _ in rows})
@@ -300,7 +300,9 @@ def test_a_digest_says_all_that_changes_a_result():
     assert len(set(digests)) == len(digests)
     assert reduction_digest(capture, "pca", {"pair_order_seed": 0}) == digests[4]
     assert reduction_digest(capture, "probe", {"l2": 1}) == digests[6]
-    with pytest.raises(InvalidInput, match="method pca has the parameters pair_order_seed, got l2"):
+    with pytest.raises(
+        InvalidInput, match="pca has the parameters pair_order_seed, max_rows, got l2"
+    ):
         reduction_digest(capture, "pca", {"l2": 1.0})
     with pytest.raises(InvalidInput, match="method must be one of"):
         reduction_digest(capture, "magic")
@@ -308,17 +310,21 @@ def test_a_digest_says_all_that_changes_a_result():
 
 def test_a_run_file_gives_a_method_its_own_parameters_only():
     assert ReduceSection().parameters("difference_of_means") == {}
-    assert ReduceSection(method="pca").parameters("pca") == {"pair_order_seed": 0}
+    assert ReduceSection(method="pca").parameters("pca") == {
+        "pair_order_seed": 0,
+        "max_rows": 65536,
+    }
     both = ReduceSection(method="pca", compare=["probe"], l2=0.1)
     assert both.methods == ["pca", "probe"]
     assert both.parameters("probe") == {"l2": 0.1, "max_rows": 65536}
-    assert both.parameters("pca") == {"pair_order_seed": 0}
+    assert both.parameters("pca") == {"pair_order_seed": 0, "max_rows": 65536}
     for fields, message in (
-        ({"l2": 1.0}, "l2 is a parameter of the method probe, which is not computed"),
-        ({"method": "pca", "l2": 1.0}, "expected 'probe' as method or under compare"),
-        ({"method": "probe", "pair_order_seed": 1}, "a parameter of the method pca"),
-        ({"method": "probe", "shrinkage": 0.5}, "a parameter of the method lda"),
+        ({"l2": 1.0}, "l2 is a parameter of probe, which is not computed"),
+        ({"method": "pca", "l2": 1.0}, "expected probe as method or under compare"),
+        ({"method": "probe", "pair_order_seed": 1}, "a parameter of pca"),
+        ({"method": "probe", "shrinkage": 0.5}, "a parameter of lda"),
         ({"method": "probe", "compare": ["probe"]}, "a method is named twice"),
+        ({"max_rows": 10}, "max_rows is a parameter of pca and probe and lda"),
         ({"method": "probe", "l2": 0}, "l2"),
         ({"method": "magic"}, "method"),
     ):
@@ -337,7 +343,7 @@ def test_an_artifact_of_sparse_components_says_so(reduced, tmp_path):
     assert np.array_equal(item.direction.vector_D[kept_D], whole.vector_D[kept_D])
     assert item.direction.method == "pca+top_fraction"
     lineage = artifact.manifest.lineage
-    assert lineage["parameters"] == {"pair_order_seed": 0}
+    assert lineage["parameters"] == {"pair_order_seed": 0, "max_rows": 65536}
     assert lineage["masks"][str(PLANTED[0])][0]["num_kept"] == HEAD_DIM // 2
     whole_section = PublishSection(sites="best_head")
     dense = build_artifact(results["pca"], whole_section, name="test", model=model)

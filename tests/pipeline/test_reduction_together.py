@@ -216,6 +216,48 @@ def test_caches_of_different_models_do_not_extend_each_other(root):
     assert caught.value.kind == "sources_differ"
 
 
+def test_no_row_counts_twice(root):
+    rows = make_rows(7, 20)
+    one, other = write_cache(root, "seven", *rows), write_cache(root, "eight", *make_rows(8, 20))
+    for extends in ([one], [other, other]):
+        with pytest.raises(InvalidInput, match="would count twice") as caught:
+            reduce(one, root, method="difference_of_means", num_workers=2, extends=extends)
+        assert caught.value.kind == "sources_repeated"
+    with pytest.raises(InvalidInput, match="a method is named twice"):
+        reduce_all(one, root, [("probe", {"l2": 1.0}), ("probe", {"l2": 2.0})], num_workers=2)
+
+
+def test_a_stream_more_is_a_difference(root):
+    columns, values = make_rows(9, 20)
+    less = write_cache(root, "less", columns, {"z": values["z"]})
+    more = write_cache(root, "more", columns, values)
+    for one, other in ((less, more), (more, less)):
+        with pytest.raises(InvalidInput, match="the shape of resid_post differs"):
+            reduce(one, root, method="difference_of_means", num_workers=2, extends=[other])
+
+
+def test_a_pair_may_be_all_that_is_added(root):
+    """Pairs are enough if there are enough of all captures."""
+    before = write_cache(root, "many pairs", *make_rows(10, 60))
+    columns, values = make_rows(11, 2)
+    columns["split"] = np.array(["train", "train", "test", "test"])
+    after = write_cache(root, "one pair more", columns, values)
+    found = reduce(after, root, method="pca", num_workers=2, extends=[before])
+    assert found.counts["train_positive"] > 1
+    with pytest.raises(InvalidInput, match="needs at least 2 training pairs, got 1"):
+        reduce(after, root, method="pca", num_workers=2)
+
+
+def test_halves_that_cannot_be_fitted_do_not_stop_the_whole(root):
+    """Nine rows a half cannot tell a covariance of width 16; eighteen can."""
+    columns, values = make_rows(12, 9)
+    columns["split"] = np.full(18, "train")
+    cache = write_cache(root, "few", columns, {"resid_post": values["resid_post"]})
+    found = reduce(cache, root, method="lda", parameters={"shrinkage": 0.0}, num_workers=2)
+    assert np.isnan(found.scores["split_half_cosine"].to_numpy()).all()
+    assert found.direction(Site("resid_post", 2)).norm == pytest.approx(1, abs=1e-6)
+
+
 def test_a_probe_of_fewer_rows_is_of_whole_pairs(together, root):
     cache, _, _, found = together
     some = reduce(cache, root, method="probe", parameters={"max_rows": 60}, num_workers=2)

@@ -205,3 +205,20 @@ def test_cosines_are_of_each_site():
     np.testing.assert_allclose(got_S, [1, -np.sqrt(0.5), -1, np.nan])
     whole = StreamLayout("resid_post", 4, (3, 5), 6, "float32", 32)
     assert site_cosines(a_LW, b_LW, whole)[0] == pytest.approx(-1 / np.sqrt(3) / 5)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_tokens_of_one_prompt_are_no_more_evidence_than_the_prompt(paired):
+    """Without an effect p is small as seldom with 20 tokens a prompt as with one."""
+    num_prompts, num_tokens, num_sites = 40, 20, 400
+    random = np.random.default_rng(0)
+    prompt_N = np.repeat(np.arange(num_prompts), num_tokens)
+    label_N = prompt_N % 2 == 0
+    # What the tokens of a prompt share is nearly all there is of them.
+    of_prompt_PS = random.standard_normal((num_prompts, num_sites))
+    values_NS = of_prompt_PS[prompt_N] + 0.1 * random.standard_normal((len(prompt_N), num_sites))
+    block_N = prompt_N // 2 if paired else prompt_N
+    p_S = permutation_p(values_NS, label_N, block_N)
+    assert 0.01 < (p_S < 0.05).mean() < 0.1
+    # And an effect is found.
+    assert (permutation_p(values_NS + 3 * label_N[:, None], label_N, block_N) < 0.001).all()
