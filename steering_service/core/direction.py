@@ -62,7 +62,8 @@ class Direction:
     __array_ufunc__ = None
 
     def __post_init__(self) -> None:
-        vector = np.ascontiguousarray(self.vector_D, dtype=np.float32)
+        # A copy: the caller's array stays writable, and what becomes of it changes nothing here.
+        vector = np.array(self.vector_D, dtype=np.float32, order="C")
         if vector.ndim != 1 or not np.isfinite(vector).all() or not vector.any():
             raise InvalidInput(
                 f"direction at {self.site}: expected a finite, non-zero vector of one dimension, "

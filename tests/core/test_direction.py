@@ -140,6 +140,17 @@ def test_a_digest_names_what_a_direction_does():
     assert len({d.digest, *(item.digest for item in others)}) == 1 + len(others)
 
 
+def test_the_callers_array_stays_the_callers():
+    mine_D = np.arange(1, 5, dtype=np.float32)
+    direction = Direction(Site.parse("resid_post.3"), mine_D, 1.0, 1.0, "by_hand")
+    digest = direction.digest
+    mine_D[:] = 7.0
+    assert direction.vector_D.tolist() == [1, 2, 3, 4]
+    assert direction.digest == digest
+    with pytest.raises(ValueError, match="read-only"):
+        direction.vector_D[0] = 7.0
+
+
 def test_a_direction_shows_itself_in_a_line():
     d = direction_of(0)
     assert repr(d) == (
