@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.reduction.directions import split_heads
-from pipeline.reduction.results import Reduction, reduction_digest
+from pipeline.reduction.results import REDUCTION_SCHEMA, Reduction, reduction_digest
 from pipeline.reduction.samples import Samples, read_samples
 from pipeline.reduction.sparse import SparsityCurve, sparsity_curve
 from steering_service.core.direction import Direction
@@ -102,6 +102,9 @@ def stored_beside(
                 # What a killed run has left.
                 continue
             record = json.loads(root.get(f"reductions/{name}/reduction.json"))
+            if record.get("schema_version") != REDUCTION_SCHEMA:
+                # What another version has left, whose scores are others.
+                continue
             same_rows = (
                 record["capture_digest"] == capture
                 and tuple(record.get("extends", ())) == tuple(extends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,10 @@ def test_other_methods_of_the_same_rows_are_found(root: Location) -> None:
     store(root, other_cache, "probe", wanted["probe"])
     store(root, cache, "paired_difference", {}, (other_cache.digest,))
     root.child("reductions/0killed").replace("scores.parquet", b"half of it")
+    of_before = store(root, cache, "probe", {"l2": 9.0})
+    record = json.loads(of_before.location.get("reduction.json")) | {"schema_version": 1}
+    del record["capture_digest"]
+    of_before.location.replace("reduction.json", json.dumps(record).encode())
     found = stored_beside(root, shown, wanted)
     assert [other.digest for other in found] == [asked_for.digest, differently.digest]
     extended = store(root, cache, "difference_of_means", {}, (other_cache.digest,))
