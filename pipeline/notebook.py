@@ -35,7 +35,7 @@ from pipeline.prompts.plan import Plan, plan
 from pipeline.ray_runtime import Pool, check_device
 from pipeline.reduction.held_out import HELD_OUT, HeldOut, ProjectedSplit
 from pipeline.reduction.kept import find_kept
-from pipeline.reduction.methods import Method
+from pipeline.reduction.methods import Method, complete_parameters
 from pipeline.reduction.reduce import reduce
 from pipeline.reduction.results import Reduction
 from pipeline.reduction.samples import not_finite
@@ -209,24 +209,36 @@ def fit(
 ) -> Reduction:
     """Directions and held-out scores of every layer and head, computed or found in the store.
 
+    Where the cache was opened by a run file, its [reduce] counts, as in `steerage reduce`: it gives
+    the parameters that are not named here, and the prompts of `extends` are taken in.
+
     Args:
         opened: A cache.
         method: See `pipeline.reduction.reduce.reduce_all`.
         num_workers: Most Ray tasks at a time; None: one a CPU.
         device: ``cpu`` or ``cuda``.
         address: A Ray cluster; None: a local Ray, which ends with the call.
-        parameters: The method's, such as ``l2=0.1`` for ``probe``.
+        parameters: The method's, such as ``l2=0.1`` for ``probe``; else those of the run file, or
+            the defaults.
 
     Raises:
-        NotFound: The cache is not complete.
-        InvalidInput: An unknown method or parameter, or rows that do not suffice.
+        NotFound: The cache, or one that the run file extends, is not complete.
+        InvalidInput: An unknown method or parameter, rows that do not suffice, or a run file under
+            reduce.extends that cannot be used.
     """
     check_device(device, address)
+    complete_parameters(method, parameters)
+    extends: list[ActivationCache] = []
+    if opened.run is not None:
+        section = opened.run.reduce
+        parameters = {**section.parameters(method), **parameters}
+        extends = [plan(load_run_file(file), opened.root).cache for file in section.extends]
     return reduce(
         opened.cache,
         opened.root,
         method=method,
         parameters=parameters,
+        extends=extends,
         num_workers=num_workers or _num_cpus(),
         device=device,
         address=address,
@@ -237,8 +249,8 @@ def measure(opened: OpenCache, direction: Direction) -> Direction:
     """The direction with sigma, activation norm and held-out scores of a cache.
 
     For directions that were made of others, loaded, or fitted on other prompts. Sigma and norm are
-    of the training rows, as `fit` has them; scores are of the validation and the test rows. Reads
-    the direction's layer only.
+    of the training rows, as `fit` has them where nothing is extended; scores are of the validation
+    and the test rows. Reads the direction's layer only.
 
     Raises:
         NotFound: The cache is not complete, or has no such stream or layer.

@@ -6,6 +6,7 @@ Shapes: N samples, B batch, T positions.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.cli.batch import reduction_of
 from pipeline.errors import InvalidInput, NotFound
 from pipeline.notebook import (
     OpenCache,
@@ -26,6 +28,7 @@ from pipeline.notebook import (
     open_run,
     steer,
 )
+from pipeline.prompts.plan import plan
 from pipeline.reduction.samples import read_samples
 from pipeline.reduction.tables import as_html, as_text
 from steering_service.core.direction import Direction
@@ -122,6 +125,32 @@ def test_a_fit_is_found_again_and_shows_its_best_sites(opened, found):
             at = [shown.index(f"\n{row['site']} ") for row in rows[: 3 if not heads else 5]]
             assert at == sorted(at)
             assert f"{rows[0]['auroc_test']:.3f}" in shown
+
+
+def test_a_fit_by_a_run_file_is_what_the_commands_compute(opened, folder, tmp_path):
+    store = str(tmp_path / "store")
+    shutil.copytree(folder / "store", store)
+    lines = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(line.replace("ship", "boat") for line in lines[:20]))
+    run = (folder / "run.toml").read_text()
+    (folder / "few.toml").write_text(run.replace("pairs.jsonl", "few.jsonl"))
+    section = '[reduce]\nmethod = "probe"\nl2 = 3.0\nextends = ["few.toml"]\n'
+    (folder / "extended.toml").write_text(run + section)
+    few = extract(folder / "few.toml", store, num_workers=1)
+    extended = open_run(folder / "extended.toml", store)
+    assert extended.cache.digest == opened.cache.digest
+    found = fit(extended, "probe", num_workers=1)
+    assert found.parameters["l2"] == 3.0
+    assert found.extends == (few.cache.digest,)
+    planned = plan(extended.run, extended.root)
+    assert reduction_of(extended.run, planned, store).digest == found.digest
+    # What is named wins, and of a method that the run file does not name, there are the defaults.
+    assert fit(extended, "probe", num_workers=1, l2=2.0).parameters["l2"] == 2.0
+    assert fit(extended, num_workers=1).extends == (few.cache.digest,)
+    with pytest.raises(InvalidInput, match="method must be one of"):
+        fit(extended, "guess")
+    with pytest.raises(InvalidInput, match="got shrinkage"):
+        fit(extended, "probe", shrinkage=0.5)
 
 
 class _Cells(HTMLParser):
