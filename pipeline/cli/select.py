@@ -201,7 +201,11 @@ def select(
                 start=start,
             )
             run = run.model_copy(update={"publish": section})
-            found = _by_search(by, run, root, planned, reduction, file, settings, device, dry_run)
+            others = [planning(norm_file, store) for norm_file in section.norm_of]
+            behaviours = [reduction_of(other, plan, store) for other, _, plan in others]
+            found = _by_search(
+                by, run, root, planned, reduction, behaviours, file, settings, device, dry_run
+            )
     if found is not None:
         show_selection(found, top, as_json)
 
@@ -212,6 +216,7 @@ def _by_search(
     root: Location,
     planned: Plan,
     reduction: Reduction,
+    behaviours: list[Reduction],
     file: ValidationFile,
     settings: Settings,
     device: str,
@@ -220,15 +225,10 @@ def _by_search(
     """Sweep or search with a progress bar, or find what was chosen before; None: only the cost."""
     from pipeline.errors import InvalidInput
     from pipeline.selection.bench import Bench
-    from pipeline.selection.candidates import Candidate
+    from pipeline.selection.candidates import Candidate, candidate_sites
     from pipeline.selection.journal import Journal
     from pipeline.selection.results import SiteSelection, selection_digest
-    from pipeline.selection.select import (
-        candidate_sites,
-        measurement_request,
-        most_candidates,
-        select_by_search,
-    )
+    from pipeline.selection.select import measurement_request, most_candidates, select_by_search
     from steering_service.core.artifact import ModelReference
 
     if file.fluency is None:
@@ -238,13 +238,13 @@ def _by_search(
             "would look best",
             kind="suite_fluency",
         )
-    num_sites = len(candidate_sites(reduction, heads=settings.heads))
+    sites = candidate_sites(reduction, heads=settings.heads, behaviours=behaviours)
     has_kl = settings.caps.kl is not None
-    journal = Journal(
-        root, measurement_request(reduction, run.publish, file.record(), has_kl=has_kl)
+    measured = measurement_request(
+        reduction, run.publish, file.record(), has_kl=has_kl, behaviours=behaviours
     )
-    request = {"measurements": journal.digest} | settings.record(by)
-    digest = selection_digest(by, request)
+    journal = Journal(root, measured)
+    digest = selection_digest(by, {"measurements": journal.digest} | settings.record(by))
     if SiteSelection.exists(root, digest):
         return SiteSelection.open(root, digest)
     model, tokenizer = _loaded(planned, reduction, device)
@@ -259,7 +259,7 @@ def _by_search(
             kl=kl if has_kl else None,
             harms=file.build(file.harms, model, tokenizer) if file.harms else [],
         )
-    total = most_candidates(by, num_sites, settings)
+    total = most_candidates(by, len(sites), settings)
     _say_cost(total, bench, journal)
     if dry_run:
         return None
@@ -277,6 +277,7 @@ def _by_search(
             bench=bench,
             journal=journal,
             model=planned.model,
+            behaviours=behaviours,
             on_measured=on_measured,
         )
 

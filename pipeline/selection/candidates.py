@@ -1,4 +1,4 @@
-"""Candidates: sites at a strength, what was measured of them, and which of them is taken."""
+"""Candidates: which sites there are, what is measured of them at a strength, which are taken."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import GateRefused
+from pipeline.errors import GateRefused, InvalidInput
+from pipeline.reduction.results import RankBy, Reduction
 from steering_service.core.site import Site
 
 _MOST_UNDEFINED = 50.0
@@ -111,6 +112,43 @@ class Caps:
         if math.isfinite(self.harm):
             parts.append(f"the rise of what should stay low within {self.harm:g} points")
         return ", ".join(parts)
+
+
+def candidate_sites(
+    reduction: Reduction,
+    *,
+    heads: bool,
+    by: RankBy = "auroc",
+    behaviours: Sequence[Reduction] = (),
+) -> list[Site]:
+    """Heads or layers of a reduction, best first by a score on its validation rows.
+
+    Those that may not be published are left out: whose sign is in doubt, and at which there is no
+    direction, or none of a behaviour, as at the embedding of a token that all prompts share.
+
+    Args:
+        behaviours: The reductions of ``publish.norm_of``.
+
+    Raises:
+        InvalidInput: No such site was captured, or all are left out.
+    """
+    ranked = reduction.ranked(heads=heads, by=by)
+    usable = set.intersection(*map(_sites_with_direction, (reduction, *behaviours)))
+    usable -= set(reduction.signs_in_doubt)
+    sites = [Site.parse(row["site"]) for row in ranked if row["site"] in usable]
+    if not sites:
+        raise InvalidInput(
+            f"none of the {len(ranked)} {'heads' if heads else 'layers'} of reduction "
+            f"{reduction.digest[:12]} may be published: each has a sign in doubt, or no direction "
+            "there or in a reduction of publish.norm_of; capture other streams or layers, or "
+            "choose another reduce.method",
+            kind="select_sites",
+        )
+    return sites
+
+
+def _sites_with_direction(reduction: Reduction) -> set[str]:
+    return {row["site"] for row in reduction.scores.to_pylist() if row["norm"] > 0}
 
 
 def choose(candidates: Sequence[Candidate], caps: Caps, *, slack: float = 1.0) -> Candidate:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from pipeline.config import PublishSection
@@ -22,7 +22,7 @@ from pipeline.extraction.models import ModelInfo
 from pipeline.reduction.artifacts import build_artifact
 from pipeline.reduction.results import RankBy, Reduction
 from pipeline.selection.bench import Bench
-from pipeline.selection.candidates import Candidate, Caps, choose
+from pipeline.selection.candidates import Candidate, Caps, candidate_sites, choose
 from pipeline.selection.journal import Journal
 from pipeline.selection.refusal import RefusalCandidate, RefusalRules, choose_refusal
 from pipeline.selection.refusal_bench import RefusalBench
@@ -42,7 +42,8 @@ from steering_service.core.site import Site
 from store.location import Location
 
 MEASUREMENT_SCHEMA: Final = 1
-_APPLIED: Final = ("operation", "strength_unit", "positions", "keep_fraction", "match_norm")
+_NOT_APPLIED: Final = {"sites", "norm_of", "min_strength", "max_strength"}
+"""Fields of [publish] that are said of each candidate, or that change nothing that it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +85,6 @@ class Settings:
         return common | more
 
 
-def candidate_sites(reduction: Reduction, *, heads: bool, by: RankBy = "auroc") -> list[Site]:
-    """Heads or layers of a reduction, best first by a score on its validation rows.
-
-    Those whose sign is in doubt are left out: they may not be published.
-
-    Raises:
-        InvalidInput: No such site was captured.
-    """
-    ranked = reduction.ranked(heads=heads, by=by)
-    return [
-        Site.parse(row["site"]) for row in ranked if row["site"] not in reduction.signs_in_doubt
-    ]
-
-
 def applied_section(section: PublishSection, *, heads: bool) -> PublishSection:
     """How candidates are applied: as [publish] says; what it leaves open, as the method does.
 
@@ -129,7 +116,12 @@ def default_strengths(section: PublishSection) -> tuple[float, ...]:
 
 
 def measurement_request(
-    reduction: Reduction, section: PublishSection, suites: dict[str, Any], *, has_kl: bool
+    reduction: Reduction,
+    section: PublishSection,
+    suites: dict[str, Any],
+    *,
+    has_kl: bool,
+    behaviours: Sequence[Reduction] = (),
 ) -> dict[str, Any]:
     """What every measured candidate depends on beside its sites and strength.
 
@@ -137,14 +129,18 @@ def measurement_request(
         section: From `applied_section`.
         suites: From `ValidationFile.record`.
         has_kl: Whether the divergence is measured too.
+        behaviours: The reductions of `section.norm_of`.
     """
-    return {
+    request = {
         "schema_version": MEASUREMENT_SCHEMA,
         "reduction": reduction.digest,
-        "apply": {name: getattr(section, name) for name in _APPLIED},
+        "apply": section.model_dump(mode="json", exclude=_NOT_APPLIED),
         "suites": suites,
         "kl": has_kl,
     }
+    if behaviours:
+        request["norm_of"] = [other.digest for other in behaviours]
+    return request
 
 
 def most_candidates(by: Literal["sweep", "forward"], num_sites: int, settings: Settings) -> int:
@@ -198,6 +194,7 @@ def select_by_search(
     bench: Bench,
     journal: Journal,
     model: ModelInfo,
+    behaviours: Sequence[Reduction] = (),
     on_measured: Callable[[Candidate], None] = lambda candidate: None,
 ) -> SiteSelection:
     """Sweep all sites, or search forward among the best.
@@ -205,10 +202,12 @@ def select_by_search(
     Args:
         section: From `applied_section`.
         journal: Of `measurement_request`; what it holds is not measured again.
+        behaviours: The reductions of `section.norm_of`.
         on_measured: Called with every candidate, those found included.
 
     Raises:
-        InvalidInput: No such site was captured.
+        NotFound: The Moments that keep_by = "t" reads are gone.
+        InvalidInput: No such site was captured, or keep_fraction leaves nothing of a direction.
         GateRefused: No single site is within the caps.
     """
     has_kl = settings.caps.kl is not None
@@ -220,14 +219,17 @@ def select_by_search(
         key = {"sites": [str(site) for site in sites], "strength": strength}
 
         def figures() -> dict[str, Any]:
-            return bench.measured(_items(reduction, section, sites, model), strength).figures()
+            items = _items(reduction, section, sites, model, behaviours)
+            # keep_over = "all" may keep nothing of a site. It is named nonetheless: without it,
+            # other entries of the others would be kept.
+            return replace(bench.measured(items, strength), sites=sites).figures()
 
         found = Candidate.of_figures(journal.measured(key, figures), has_kl=has_kl)
         tried[sites, strength] = found
         on_measured(found)
         return found
 
-    sites = candidate_sites(reduction, heads=settings.heads)
+    sites = candidate_sites(reduction, heads=settings.heads, behaviours=behaviours)
     caps = settings.caps
     steps: list[Candidate] = []
     if by == "sweep":
@@ -334,16 +336,24 @@ def refusal_request(measurements: str, rules: RefusalRules) -> dict[str, Any]:
 
 
 def _items(
-    reduction: Reduction, section: PublishSection, sites: Sequence[Site], model: ModelInfo
+    reduction: Reduction,
+    section: PublishSection,
+    sites: Sequence[Site],
+    model: ModelInfo,
+    behaviours: Sequence[Reduction],
 ) -> Sequence[Intervention]:
     """What `steerage publish` would publish at these sites."""
     chosen = section.model_copy(update={"sites": [str(site) for site in sites]})
-    return build_artifact(reduction, chosen, name="candidate", model=model).interventions
+    artifact = build_artifact(
+        reduction, chosen, name="candidate", model=model, behaviours=behaviours
+    )
+    return artifact.interventions
 
 
 def _publish_fields(section: PublishSection, chosen: Candidate) -> dict[str, Any]:
     fields: dict[str, Any] = {"sites": [str(site) for site in chosen.sites]}
-    fields |= {name: getattr(section, name) for name in _APPLIED[:3]}
+    # What `applied_section` may have changed; the rest of the section stays as it is.
+    fields |= {name: getattr(section, name) for name in ("operation", "strength_unit", "positions")}
     low, high = sorted((0.0, chosen.strength))
     # Limits that the node allows the strength within; never narrower than they were.
     return fields | {

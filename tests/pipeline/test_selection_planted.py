@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,16 @@ import typer
 
 import pipeline.cli.select  # noqa: F401, it registers the command
 from pipeline.cli.app import app
-from pipeline.config import load_run_file
+from pipeline.config import PublishSection, load_run_file
 from pipeline.errors import GateRefused, InvalidInput, NotFound
 from pipeline.extraction.models import load_model, load_tokenizer
 from pipeline.prompts.plan import plan
+from pipeline.reduction.artifacts import build_artifact
 from pipeline.reduction.reduce import reduce
+from pipeline.selection.candidates import candidate_sites
 from pipeline.selection.journal import Journal
 from pipeline.selection.results import SiteSelection, selected_sites
+from pipeline.selection.select import measurement_request
 from pipeline.selection.validation import ValidationFile
 from steering_service.core.site import Site
 from store.location import Location
@@ -313,6 +316,122 @@ def test_by_score_nothing_is_run(place, tmp_path):
     aurocs = [row["auroc_validation"] for row in found["tried"]]
     assert aurocs == sorted(aurocs, reverse=True)
     assert [row["site"] for row in found["tried"][:3]] == found["sites"]
+
+
+def planted_figures(found):
+    (row,) = (row for row in found["tried"] if row["sites"] == [str(PLANTED)])
+    return row["ratio"]
+
+
+def test_what_is_measured_has_the_norm_that_is_published(place, tmp_path):
+    """publish.norm_of: the same as another strength, at which the norms of two runs meet."""
+    there = place.copy(tmp_path / "place")
+    run = (there.folder / "run.toml").read_text()
+    (there.folder / "other.toml").write_text(run + '[reduce]\nmethod = "pca"\n')
+    cache = plan(load_run_file(there.folder / "run.toml"), there.root).cache
+    mine, other = (
+        reduce(cache, there.root, method=method, num_workers=1)
+        for method in ("difference_of_means", "pca")
+    )
+    norms = [reduction.direction(PLANTED).norm for reduction in (mine, other)]
+    one = ("--json", "--from", "score", "--top", "24", "--most-heads", "1", "--prompts", "1")
+    flags = ("--max-perplexity", "1e300", *one)
+    applied = '[publish]\nstrength_unit = "direction"\n'
+
+    def select(section, strength):
+        (there.folder / "run.toml").write_text(run + section)
+        return there.select(*flags, "--strengths", f"{strength!r}", by="forward")
+
+    matched = select(applied + 'norm_of = ["other.toml"]\n', 0.5)
+    plain = select(applied, 0.5)
+    same = select(applied, 0.5 * float(np.mean(norms)) / norms[0])
+    assert planted_figures(matched) == pytest.approx(planted_figures(same), rel=1e-4)
+    assert planted_figures(matched) != pytest.approx(planted_figures(plain), rel=1e-2)
+    requests = [json.loads(p.read_text()) for p in there.store.glob("measurements/*/request.json")]
+    assert [r["norm_of"] for r in requests if "norm_of" in r] == [[other.digest]]
+
+
+def test_a_candidate_is_named_by_all_its_sites_where_nothing_is_kept_of_one(place, tmp_path):
+    there = place.copy(tmp_path / "place")
+    with (there.folder / "run.toml").open("a") as file:
+        file.write(
+            '[publish]\nstrength_unit = "direction"\nkeep_fraction = 0.125\nkeep_over = "all"\n'
+        )
+    flags = ("--from", "score", "--top", "8", "--most-heads", "2", "--prompts", "1", "--json")
+    # So weak that no head alone does all there is to do, and a second one is tried.
+    weak = ("--max-perplexity", "1e300", "--strengths", "0.001")
+    found = there.select(*flags, *weak, by="forward")
+    pairs = [row["sites"] for row in found["tried"] if len(row["sites"]) == 2]
+    assert len(pairs) == 7
+    run = load_run_file(there.folder / "run.toml")
+    planned = plan(run, there.root)
+    reduction = reduce(planned.cache, there.root, method="difference_of_means", num_workers=1)
+    sizes = [
+        len(
+            build_artifact(
+                reduction,
+                run.publish.model_copy(update={"sites": sites}),
+                name="x",
+                model=planned.model,
+            ).interventions
+        )
+        for sites in pairs
+    ]
+    assert min(sizes) == 1
+    for path in there.store.glob("measurements/*/*.json"):
+        record = json.loads(path.read_text())
+        assert "key" not in record or record["key"]["sites"] == record["figures"]["sites"]
+
+
+def test_measurements_are_of_all_that_is_published(place):
+    """Every field of [publish] but those that each candidate says itself."""
+    planned = plan(load_run_file(place.folder / "run.toml"), place.root)
+    reduction = reduce(planned.cache, place.root, method="difference_of_means", num_workers=1)
+
+    def request(behaviours=(), **fields):
+        section = PublishSection().model_copy(update=fields)
+        found = measurement_request(reduction, section, {}, has_kl=False, behaviours=behaviours)
+        return json.dumps(found)
+
+    changed = {
+        "operation": "project_out",
+        "strength_unit": "unit",
+        "positions": "all",
+        "keep_fraction": 0.5,
+        "match_norm": True,
+        "keep_by": "t",
+        "keep_over": "all",
+    }
+    said = {"sites": ["z.0.1"], "min_strength": -9.0, "max_strength": 9.0}
+    assert set(PublishSection.model_fields) == {*changed, *said, "norm_of"}
+    requests = [request(**{name: value}) for name, value in changed.items()]
+    requests += [request(), request(behaviours=[reduction])]
+    assert len(set(requests)) == len(changed) + 2
+    assert request(**said) == request()
+
+
+def test_sites_that_may_not_be_published_are_no_candidates(place):
+    planned = plan(load_run_file(place.folder / "run.toml"), place.root)
+    reduction = reduce(planned.cache, place.root, method="difference_of_means", num_workers=1)
+    names = reduction.scores["site"].to_pylist()
+
+    def without(*gone):
+        """The reduction with no direction there."""
+        norms = [0.0 if name in gone else 1.0 for name in names]
+        number = reduction.scores.column_names.index("norm")
+        return replace(reduction, scores=reduction.scores.set_column(number, "norm", [norms]))
+
+    def left(one, *behaviours):
+        sites = candidate_sites(one, heads=True, behaviours=behaviours)
+        return {str(site) for site in sites}
+
+    assert left(reduction) == set(names)
+    assert left(without(names[3])) == set(names) - {names[3]}
+    assert left(without(names[3]), without(names[5])) == set(names) - {names[3], names[5]}
+    assert left(replace(reduction, signs_in_doubt=(names[1],))) == set(names) - {names[1]}
+    with pytest.raises(InvalidInput, match="none of the 24 heads") as caught:
+        left(reduction, without(*names))
+    assert caught.value.kind == "select_sites"
 
 
 # The journal
