@@ -1,14 +1,14 @@
 """Mean differences by token position, from a cache that holds several tokens of each prompt.
 
 `reduce` pools the rows of a class, whichever tokens they are of; the rules for a refusal direction
-choose among tokens as well as layers (METHODS 6).
+choose among tokens as well as layers (METHODS 6). The samples are those that `reduce` takes.
 
-Shapes: N entries of the index, R rows of a shard, G groups (position and class), W width.
+Shapes: N samples, A array rows, R rows of a shard, G groups (position and class), W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline.errors import InvalidInput
 from pipeline.prompts.selection import Selection
 from pipeline.reduction.results import Reduction
+from pipeline.reduction.sources import Source
 from pipeline.selection.refusal import RESIDUAL_STREAMS
 from steering_service.core.direction import Direction
 from steering_service.core.site import Site
@@ -47,8 +48,11 @@ def position_directions(
 ) -> Iterator[tuple[int, Direction]]:
     """Mean differences at every captured layer of the residual stream, and every captured token.
 
+    Of a capture that was extracted with ``--no-cache``, means by token are of its kept rows; those
+    of captures that the reduction extends count too.
+
     Args:
-        cache: Complete.
+        cache: What the reduction is of.
         reduction: Its difference of means; where one token of each prompt was captured, it is what
             comes back.
 
@@ -57,7 +61,9 @@ def position_directions(
         as at the embedding of a token of the chat template.
 
     Raises:
-        InvalidInput: Tokens that are not counted from the end, or no residual stream.
+        NotFound: A cache is not complete, and no rows were kept.
+        InvalidInput: Tokens that are not counted from the end, no residual stream, or no training
+            row of a class.
     """
     positions = token_positions(reduction.capture["tokens"])
     streams = [name for name in cache.streams if name in RESIDUAL_STREAMS]
@@ -75,8 +81,12 @@ def position_directions(
             if reduction.directions_LW[site.stream][layer].any():
                 yield positions[0], reduction.direction(site)
         return
-    counts_GA = _training_counts(cache, positions)
-    means = {site: _mean_differences(cache, site, counts_GA) for site in sites}
+    root = reduction.root
+    extended = [ActivationCache.open(root, digest) for digest in reduction.extends]
+    sources = [Source.open(root, one) for one in (cache, *extended)]
+    counts = [_training_counts(source, positions) for source in sources]
+    _check_classes(sources[0], positions, np.sum([c.sum(axis=1) for c in counts], axis=0))
+    means = {site: _mean_differences(sources, site, counts) for site in sites}
     for number, position in enumerate(positions):
         for site in sites:
             vector_W = means[site][number].astype(np.float32)
@@ -86,43 +96,55 @@ def position_directions(
                 yield position, Direction(site, vector_W, 0.0, 0.0, reduction.method, {}, lineage)
 
 
-def _training_counts(cache: ActivationCache, positions: list[int]) -> NDArray[np.float64]:
+def _training_counts(source: Source, positions: list[int]) -> NDArray[np.float64]:
     """[G, A]: how often each array row counts; by position, the positive class first."""
-    index = cache.index()
-    _, prompt_N = np.unique(index["prompt_id"].to_numpy(zero_copy_only=False), return_inverse=True)
-    position_N = index["position"].to_numpy()
-    last_P = np.full(prompt_N.max() + 1, -1, np.int64)
-    np.maximum.at(last_P, prompt_N, position_N)
-    from_end_N = position_N - last_P[prompt_N] - 1
-    row_N, label_N = index["row"].to_numpy(), index["label"].to_numpy()
-    train_N = index["split"].to_numpy(zero_copy_only=False) == "train"
-    train_N &= ~np.isin(row_N, np.array(sorted(cache.quarantined()), np.int64))
-    counts_GA = np.zeros((2 * len(positions), cache.num_rows))
-    for number, position in enumerate(positions):
-        for side, label in enumerate((True, False)):
-            chosen_N = train_N & (from_end_N == position) & (label_N == label)
-            np.add.at(counts_GA[2 * number + side], row_N[chosen_N], 1.0)
-            if not chosen_N.any():
-                raise InvalidInput(
-                    f"cache {cache.digest[:12]}: no training row of label {label} at token "
-                    f"{position}; check the labels and the split shares of the run file",
-                    kind="class_empty",
-                )
-    return counts_GA
+    samples = source.samples
+    last = _last_positions(source.rows)
+    last_N = np.array([last[name] for name in samples.index["prompt_id"].to_pylist()], np.int64)
+    from_end_N = samples.index["position"].to_numpy() - last_N - 1
+    train_N = source.chosen("train")
+    counts = [
+        samples.counts(train_N & (from_end_N == position) & (samples.label_N == label))
+        for position in positions
+        for label in (True, False)
+    ]
+    return np.array(counts, np.float64)
+
+
+def _last_positions(rows: ActivationCache) -> dict[str, int]:
+    """The last token of each prompt; of all prompts, as it may be in quarantine itself."""
+    index = rows.index()
+    found = index.group_by("prompt_id").aggregate([("position", "max")])
+    return dict(zip(found["prompt_id"].to_pylist(), found["position_max"].to_pylist(), strict=True))
+
+
+def _check_classes(source: Source, positions: list[int], num_G: NDArray[np.float64]) -> None:
+    for group in np.flatnonzero(num_G == 0):
+        raise InvalidInput(
+            f"{source.where}: no training row of label {group % 2 == 0} at token "
+            f"{positions[group // 2]}; check the labels and the split shares of the run file",
+            kind="class_empty",
+        )
 
 
 def _mean_differences(
-    cache: ActivationCache, site: Site, counts_GA: NDArray[np.float64]
+    sources: Sequence[Source], site: Site, counts: Sequence[NDArray[np.float64]]
 ) -> NDArray[np.float64]:
-    """[positions, W]: mean of the positive class minus mean of the negative one."""
-    layout = cache.layout(site.stream)
-    sums_GW = np.zeros((len(counts_GA), layout.width))
-    for shard, _, stored_RW in cache.scan(site.stream, [site.layer]):
-        rows = layout.shard_rows(shard)
-        counts_GR = counts_GA[:, rows.start : rows.stop]
-        values_RW: NDArray[Any] = to_float32(stored_RW).astype(np.float64)
-        # Rows in quarantine hold NaN, which no weight of 0 takes away.
-        values_RW[~counts_GR.any(axis=0)] = 0.0
-        sums_GW += counts_GR @ values_RW
-    means_GW = sums_GW / counts_GA.sum(axis=1, keepdims=True)
+    """[positions, W]: mean of the positive class minus mean of the negative one.
+
+    Args:
+        counts: [G, A] of each source.
+    """
+    sums_GW = np.zeros((len(counts[0]), sources[0].rows.layout(site.stream).width))
+    for source, counts_GA in zip(sources, counts, strict=True):
+        layout = source.rows.layout(site.stream)
+        for shard, _, stored_RW in source.rows.scan(site.stream, [site.layer]):
+            rows = layout.shard_rows(shard)
+            counts_GR = counts_GA[:, rows.start : rows.stop]
+            values_RW: NDArray[Any] = to_float32(stored_RW).astype(np.float64)
+            # Rows in quarantine hold NaN, which no weight of 0 takes away.
+            values_RW[~counts_GR.any(axis=0)] = 0.0
+            sums_GW += counts_GR @ values_RW
+    num_G = np.sum([counts_GA.sum(axis=1) for counts_GA in counts], axis=0)
+    means_GW = sums_GW / num_G[:, None]
     return np.asarray(means_GW[0::2] - means_GW[1::2])

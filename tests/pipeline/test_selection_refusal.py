@@ -16,13 +16,16 @@ import torch
 import pipeline.cli.select  # noqa: F401, it registers the command
 from pipeline.cli.app import app
 from pipeline.config import load_run_file
-from pipeline.errors import GateRefused, InvalidInput
+from pipeline.errors import GateRefused, InvalidInput, NotFound
 from pipeline.evaluation.generate import ChatPrompt, generate_ids, prompt_ids
+from pipeline.extraction.fused import extract_moments
 from pipeline.extraction.models import load_model, load_tokenizer
 from pipeline.extraction.workers import extract
 from pipeline.prompts.plan import plan
 from pipeline.ray_runtime import Pool
+from pipeline.reduction.kept import find_kept
 from pipeline.reduction.reduce import reduce
+from pipeline.selection.candidates import candidate_sites
 from pipeline.selection.positions import position_directions, token_positions
 from pipeline.selection.refusal import ablation, addition
 from pipeline.selection.refusal_bench import RefusalBench, read_requests, refusal_tokens
@@ -32,6 +35,7 @@ from steering_service.adapters.transformers import steered
 from steering_service.core.artifact import ModelReference, Policy, build
 from steering_service.core.direction import Direction
 from steering_service.core.site import Site
+from store.bfloat16 import to_float32
 from store.location import Location
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -107,50 +111,114 @@ def labelled():
     ]
 
 
-def planted_cache(plan, values):
+def planted_cache(plan, values, quarantined=()):
     cache = plan.cache
+    values = values.copy()
+    values[list(quarantined)] = np.nan
     for shard in range(cache.num_shards):
         rows = cache.layout("resid_post").shard_rows(shard)
-        cache.write_shard(shard, {"resid_post": values[rows.start : rows.stop]})
+        reasons = {row: "not finite" for row in quarantined if row in rows}
+        written = {"resid_post": values[rows.start : rows.stop]}
+        cache.write_shard(shard, written, quarantined=reasons)
     cache.seal()
     return cache
+
+
+def mean_differences(parts, left_out=()):
+    """By position and layer, of the training entries of all caches; parts: cache and values."""
+    sums = {}
+    for cache, values in parts:
+        index = cache.index().to_pylist()
+        last = {}
+        for entry in index:
+            last[entry["prompt_id"]] = max(last.get(entry["prompt_id"], 0), entry["position"])
+        for entry in index:
+            if entry["split"] != "train" or entry["pair"] in left_out:
+                continue
+            position = entry["position"] - last[entry["prompt_id"]] - 1
+            rows = sums.setdefault((position, entry["label"]), [])
+            rows.append(values[entry["row"]].astype(np.float64))
+    return {
+        (position, layer): (np.mean(rows, axis=0) - np.mean(sums[position, False], axis=0))[number]
+        for (position, label), rows in sums.items()
+        if label
+        for number, layer in enumerate((0, 2))
+    }
+
+
+def assert_mean_differences(cache, reduction, expected):
+    found = {(p, d.site.layer): d.vector_D for p, d in position_directions(cache, reduction)}
+    assert set(found) == set(expected) == {(p, layer) for p in (-3, -2, -1) for layer in (0, 2)}
+    for key, vector_D in found.items():
+        np.testing.assert_allclose(vector_D, expected[key], atol=1e-6)
+
+
+LAST_3 = 'streams = ["resid_post"]\ntokens = "last_3"\nlayers = [0, 2]'
+
+
+def random_values(planned, seed):
+    shape = (planned.num_rows, 2, 64)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def test_directions_are_mean_differences_of_the_training_rows_of_each_token(
     make_plan, root, ray_running
 ):
-    planned = make_plan(
-        rows=labelled(), capture='streams = ["resid_post"]\ntokens = "last_3"\nlayers = [0, 2]'
-    )
-    values = np.random.default_rng(4).standard_normal((planned.num_rows, 2, 64))
-    values = values.astype(np.float32)
-    index = planned.cache.index().to_pylist()
-    last = {}
-    for entry in index:
-        last[entry["prompt_id"]] = max(last.get(entry["prompt_id"], 0), entry["position"])
+    planned = make_plan(rows=labelled(), capture=LAST_3)
+    values = random_values(planned, 4)
     cache = planted_cache(planned, values)
     reduction = reduce(cache, root, method="difference_of_means", num_workers=1)
-    found = {(p, str(d.site)): d.vector_D for p, d in position_directions(cache, reduction)}
-    assert len(found) == 3 * 2
-    for position in (-3, -2, -1):
-        for number, layer in enumerate((0, 2)):
-            means = [
-                np.mean(
-                    [
-                        values[e["row"], number]
-                        for e in index
-                        if e["split"] == "train"
-                        and e["label"] is label
-                        and e["position"] - last[e["prompt_id"]] - 1 == position
-                    ],
-                    axis=0,
-                    dtype=np.float64,
-                )
-                for label in (True, False)
-            ]
-            np.testing.assert_allclose(
-                found[position, f"resid_post.{layer}"], means[0] - means[1], atol=1e-6
-            )
+    assert_mean_differences(cache, reduction, mean_differences([(cache, values)]))
+
+
+def test_directions_leave_out_the_partners_of_what_is_in_quarantine(make_plan, root, ray_running):
+    rows = [row | {"pair": str(i // 2)} for i, row in enumerate(labelled())]
+    planned = make_plan(rows=rows, capture=LAST_3)
+    entries = [e for e in planned.cache.index().to_pylist() if e["split"] == "train"]
+    bad = [entries[0], entries[31]]
+    assert bad[0]["pair"] != bad[1]["pair"]
+    values = random_values(planned, 4)
+    cache = planted_cache(planned, values, [entry["row"] for entry in bad])
+    reduction = reduce(cache, root, method="difference_of_means", num_workers=1)
+    assert reduction.left_out == 2 * 2 * 3
+    expected = mean_differences([(cache, values)], {entry["pair"] for entry in bad})
+    assert_mean_differences(cache, reduction, expected)
+
+
+def test_directions_are_of_the_captures_that_are_extended_too(make_plan, root, ray_running):
+    parts = []
+    for seed, prefix in enumerate(("", "again, ")):
+        rows = [row | {"prompt": prefix + row["prompt"]} for row in labelled()][: 112 - 40 * seed]
+        planned = make_plan(rows=rows, capture=LAST_3)
+        values = random_values(planned, seed)
+        parts.append((planted_cache(planned, values), values))
+    cache, other = (cache for cache, _ in parts)
+    reduction = reduce(cache, root, method="difference_of_means", num_workers=1, extends=[other])
+    assert_mean_differences(cache, reduction, mean_differences(parts))
+
+
+def test_without_a_cache_directions_are_of_the_kept_rows(make_plan, root, ray_running):
+    planned = make_plan(rows=labelled(), capture=LAST_3)
+    extract_moments(planned, root, pool=Pool(1), keep_rows=100)
+    reduction = reduce(planned.cache, root, method="difference_of_means", num_workers=1)
+    kept = find_kept(root, planned.cache.digest)
+    assert not planned.cache.is_complete
+    assert kept.num_rows < planned.num_rows
+    layers = [
+        np.concatenate([to_float32(v) for _, _, v in kept.scan("resid_post", [layer])])
+        for layer in (0, 2)
+    ]
+    expected = mean_differences([(kept, np.stack(layers, axis=1))])
+    assert_mean_differences(planned.cache, reduction, expected)
+
+
+def test_a_cache_that_is_not_complete_has_no_directions(make_plan, root, ray_running):
+    planned = make_plan(rows=labelled(), capture=LAST_3)
+    whole = planted_cache(planned, random_values(planned, 4))
+    reduction = reduce(whole, root, method="difference_of_means", num_workers=1)
+    other = make_plan(rows=labelled()[:-2], capture=LAST_3).cache
+    with pytest.raises(NotFound, match="run `steerage extract`"):
+        list(position_directions(other, reduction))
 
 
 def test_a_site_at_which_the_classes_are_the_same_gives_no_direction(make_plan, root, ray_running):
@@ -161,6 +229,11 @@ def test_a_site_at_which_the_classes_are_the_same_gives_no_direction(make_plan, 
     reduction = reduce(cache, root, method="difference_of_means", num_workers=1)
     found = [(p, d.site.layer) for p, d in position_directions(cache, reduction)]
     assert found == [(-2, 1), (-2, 2), (-1, 1), (-1, 2)]
+    # Nor is it swept or searched through, or the search would end there.
+    assert reduction.signs_in_doubt == ()
+    sites = candidate_sites(reduction, heads=False)
+    assert {site.layer for site in sites} == {1, 2}
+    assert len(sites) == 2
 
 
 def test_prompts_that_are_no_requests_are_refused(make_run):
