@@ -148,7 +148,8 @@ def candidate_sites(
 
 
 def _sites_with_direction(reduction: Reduction) -> set[str]:
-    return {row["site"] for row in reduction.scores.to_pylist() if row["norm"] > 0}
+    rows = reduction.scores.select(["site", "norm"]).to_pylist()
+    return {row["site"] for row in rows if row["norm"] > 0}
 
 
 def choose(candidates: Sequence[Candidate], caps: Caps, *, slack: float = 1.0) -> Candidate:

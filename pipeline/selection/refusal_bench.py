@@ -36,6 +36,9 @@ from steering_service.core.artifact import Artifact, ModelReference, Policy, bui
 from steering_service.core.direction import Direction
 from steering_service.core.intervention import Intervention
 
+REFUSAL_SCHEMA: Final = 2
+"""Goes up where a reduction and a token come to mean another direction."""
+
 _REFUSAL_TOKENS: Final = 16
 """Most tokens of an answer that a judge needs to tell a refusal."""
 
@@ -106,7 +109,7 @@ def refusal_measurement_request(
         most: As for `read_requests`.
     """
     return {
-        "schema_version": 1,
+        "schema_version": REFUSAL_SCHEMA,
         "reduction": reduction.digest,
         "targets": file.record()["targets"],
         "prompts": most,
