@@ -286,6 +286,12 @@ def reduction_of(
     return Reduction.open(root, digest)
 
 
+def behaviours_of(run: RunFile, store: str) -> list[Reduction]:
+    """The stored reductions of the run files that publish.norm_of names."""
+    others = [planning(file, store) for file in run.publish.norm_of]
+    return [reduction_of(other, planned, store) for other, _, planned in others]
+
+
 def reduction_summary(reduction: Reduction, top: int) -> dict[str, Any]:
     """What `steerage reduce --json` prints."""
     from pipeline.errors import InvalidInput

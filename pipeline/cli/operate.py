@@ -69,7 +69,7 @@ def publish(
     Which sites, how they are applied and the strength limits are set under [publish] in the run
     file. Publishing the same again changes nothing.
     """
-    from pipeline.cli.batch import planning, reduction_of
+    from pipeline.cli.batch import behaviours_of, planning, reduction_of
     from pipeline.cli.train import directions_of
     from pipeline.control.results import TrainedController, trained_digest
     from pipeline.reduction.artifacts import build_artifact
@@ -82,13 +82,12 @@ def publish(
         artifact = trained.artifact(run.publish, name=run.name, model=planned.model)
     else:
         reduction = reduction_of(run, planned, store)
-        others = [planning(file, store) for file in run.publish.norm_of]
         artifact = build_artifact(
             reduction,
             run.publish,
             name=run.name,
             model=planned.model,
-            behaviours=[reduction_of(other, plan, store) for other, _, plan in others],
+            behaviours=behaviours_of(run, store),
         )
     publishing(artifact, key, store=store if direct else None, address=address)
     show(artifact_summary(artifact), as_json, "Published")

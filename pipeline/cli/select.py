@@ -161,7 +161,7 @@ def select(
     publishes. Each measured candidate is stored at once: run it again, and it goes on; a forward
     search finds what the sweep has measured. Exit code 3: no candidate keeps to the caps.
     """
-    from pipeline.cli.batch import planning, reduction_of
+    from pipeline.cli.batch import behaviours_of, planning, reduction_of
 
     if by != "score" and suites is None:
         raise typer.BadParameter(
@@ -201,8 +201,7 @@ def select(
                 start=start,
             )
             run = run.model_copy(update={"publish": section})
-            others = [planning(norm_file, store) for norm_file in section.norm_of]
-            behaviours = [reduction_of(other, plan, store) for other, _, plan in others]
+            behaviours = behaviours_of(run, store)
             found = _by_search(
                 by, run, root, planned, reduction, behaviours, file, settings, device, dry_run
             )
