@@ -189,9 +189,10 @@ def test_a_report_holds_all_it_shows_and_escapes_what_models_say(tmp_path, root)
         method="difference_of_means",
         counts={"train_positive": 3},
         directions_LW={},
+        shuffled_LW={},
         scores=scores,
         num_heads=4,
-        location=root,
+        root=root,
     )
     points = [
         Point("refuses <all>", s, (1.0,) * (10 + int(s)) + (0.0,) * (10 - int(s)), ("no",) * 20)

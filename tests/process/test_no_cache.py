@@ -50,6 +50,7 @@ def small_run(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return folder / "run.toml"
 
 
+@pytest.mark.faults
 def test_what_it_says_and_writes(small_run: Path, tmp_path: Path) -> None:
     where = ("--store", tmp_path, "--workers", "1", "--json")
     out = _steerage("extract", small_run, *where, "--no-cache", "--keep-rows", "31").stdout

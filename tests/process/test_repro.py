@@ -47,6 +47,7 @@ def rows(name, counts):
     return "".join(f"{line}\n" for line in taken)
 
 
+@pytest.mark.faults
 def test_caa_from_questions_to_a_node(tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text(rows("coordination.jsonl", {"train": 80, "validation": 16, "test": 20}))

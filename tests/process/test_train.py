@@ -159,6 +159,7 @@ def test_publish_before_train_says_what_to_run(folder, store, keys):
     assert "run `steerage train` on the same run file first" in done.stderr
 
 
+@pytest.mark.faults
 def test_a_run_interrupted_is_run_again_and_then_found(folder, store, trained):
     section = tomllib.loads((folder / "controller.toml").read_text())["train"]
     assert trained["mode"] == "gated"
@@ -173,6 +174,7 @@ def test_a_run_interrupted_is_run_again_and_then_found(folder, store, trained):
     assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
 
 
+@pytest.mark.faults
 def test_its_way_to_a_node(folder, store, trained, keys, service):
     at = ("--address", service)
     run = (folder / "controller.toml", *store, *at, "--key", keys / "publisher.key")
