@@ -15,19 +15,17 @@ from typing import Any, Final
 import pyarrow.compute as pc
 
 from pipeline.extraction.preflight import duration, size
+from pipeline.ray_runtime import LOCAL_STORE_NBYTES
 from pipeline.reduction.counting import num_tasks
 from pipeline.reduction.fits import num_layer_tasks
 from pipeline.reduction.held_out import MOST_SCORED
 from pipeline.reduction.methods import OF_MOMENTS
+from pipeline.reduction.moment_store import NUM_MOMENTS
 from pipeline.reduction.passes import layer_blocks, shard_groups
 from store.activations import ActivationCache
 from store.layout import StreamLayout
 from store.reading import NUM_READERS
 
-NUM_MOMENTS: Final = 10
-"""Of a layer: eight groups of training samples, and differences of two halves of the pairs."""
-LOCAL_RAY_NBYTES: Final = 128 << 20
-"""Object store of a Ray that we start ourselves; see `ray_runtime`."""
 _VERIFIED_AT_A_TIME: Final = 8 << 20
 _PLANNED_OBJECTS: Final = 5
 """capture.json, the group's zarr.json, the index, the work list, and what was quarantined."""
@@ -253,9 +251,9 @@ def run_costs(
 def _warnings(steps: list[Step], reading: Mapping[str, Any]) -> list[str]:
     found = [
         f"{step.name}: an object of {size(step.ray_bytes)} does not go well through the object "
-        f"store of a local Ray, {size(LOCAL_RAY_NBYTES)}: it is spilled to disk; use a cluster"
+        f"store of a local Ray, {size(LOCAL_STORE_NBYTES)}: it is spilled to disk; use a cluster"
         for step in steps
-        if step.ray_bytes > LOCAL_RAY_NBYTES // 2
+        if step.ray_bytes > LOCAL_STORE_NBYTES // 2
     ]
     found += [
         f"{step.name}: a task takes about {size(step.task_bytes)}; run no more of them on a "

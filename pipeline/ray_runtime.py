@@ -12,11 +12,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from pipeline.errors import OUR_ERRORS, InvalidInput
 
 log = logging.getLogger(__name__)
+
+LOCAL_STORE_NBYTES: Final = 128 << 20
+"""Of a local Ray's object store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +219,7 @@ def _start(
             "num_cpus": math.ceil(num_workers * cpus_per_worker) + spare_cpus,
             "include_dashboard": False,
             # Activations never pass through it; receipts are small.
-            "object_store_memory": 128 << 20,
+            "object_store_memory": LOCAL_STORE_NBYTES,
         }
     with _stderr_kept_back():
         ray.init(**settings, log_to_driver=False)

@@ -12,6 +12,7 @@ from pipeline.cli.options import (
     DEFAULT_ADDRESS,
     AsJson,
     ServiceAddress,
+    present,
     print_json,
     progress,
     stderr,
@@ -120,7 +121,7 @@ def evaluate(
     chosen = chosen or default_strengths(fetched.manifest.policy)
     with stderr.status("loading the model"):
         tokenizer = load_tokenizer(model)
-        loaded = load_model(model, info.dtype if dtype == "auto" else dtype, _present(device))
+        loaded = load_model(model, info.dtype if dtype == "auto" else dtype, present(device))
     with stderr.status("reading the suites"):
         suites = build_suites(file, loaded, tokenizer)
     total = num_points(fetched, len(suites), chosen, range(seeds))
@@ -174,16 +175,6 @@ def _assigned(channel: str, address: str) -> tuple[str, float]:
             kind="channel_silent",
         )
     return entry.artifact, entry.strength
-
-
-def _present(device: str) -> str:
-    import torch
-
-    from pipeline.errors import InvalidInput
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidInput("torch sees no GPU on this machine; use --device cpu", kind="device")
-    return device
 
 
 def _print(evaluation: Evaluation) -> None:

@@ -162,3 +162,18 @@ def progress(label: str, total: int | None) -> Iterator[tuple[Progress, Any]]:
         disable=not stderr.is_terminal,
     ) as bar:
         yield bar, bar.add_task(label, total=total, note="")
+
+
+def present(device: str) -> str:
+    """A device of this process, for commands that load the model themselves.
+
+    Raises:
+        InvalidInput: ``cuda``, and PyTorch sees no GPU here.
+    """
+    import torch
+
+    from pipeline.errors import InvalidInput
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput("torch sees no GPU on this machine; use --device cpu", kind="device")
+    return device

@@ -15,6 +15,7 @@ from pipeline.cli.options import (
     Device,
     RunPath,
     StoreUrl,
+    present,
     progress,
     stderr,
 )
@@ -355,11 +356,9 @@ def _by_refusal(
 def _loaded(planned: Plan, reduction: Reduction, device: str) -> tuple[Any, Any]:
     import torch
 
-    from pipeline.errors import InvalidInput
     from pipeline.extraction.models import load_model, load_tokenizer
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidInput("torch sees no GPU on this machine; use --device cpu", kind="device")
+    present(device)
     info = planned.model
     if info.d_model <= 512:
         # More threads make a small model no faster, and ten times slower on a busy machine.

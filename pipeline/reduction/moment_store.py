@@ -38,6 +38,8 @@ _NUM_GROUPS: Final = 8
 """Label, half and shuffled label: see `_group`."""
 _NUM_PAIR_GROUPS: Final = 2
 """Halves."""
+NUM_MOMENTS: Final = _NUM_GROUPS + _NUM_PAIR_GROUPS
+"""Moments of a stream."""
 
 
 def moments_digest(capture: str) -> str:
@@ -198,7 +200,7 @@ def num_count_tasks(root: Location, cache: ActivationCache) -> int:
     """Tasks of `training_moments`, for progress; 0 where there is nothing to count."""
     if StoredMoments.exists(root, cache.digest):
         return 0
-    return num_tasks(cache.streams, _NUM_GROUPS + _NUM_PAIR_GROUPS)
+    return num_tasks(cache.streams, NUM_MOMENTS)
 
 
 def _group(label: Any, half: Any, shuffled: Any) -> Any:

@@ -285,7 +285,11 @@ def _write(
         signs_in_doubt=in_doubt,
         left_out=sum(source.left_out for source in sources),
         extends=[source.cache.digest for source in sources[1:]],
-        rows_from=kept_rows(root, [source.cache for source in sources]),
+        rows_from={
+            source.cache.digest: source.rows.digest
+            for source in sources
+            if source.rows is not source.cache
+        },
     )
 
 
@@ -316,13 +320,13 @@ def _score_table(
     names = [str(site) for site in site_names(streams)]
     for stream, layout in streams.items():
         heads_LHD = split_heads(directions_LW[stream], layout)
-        # Components of the halves have no sign.
         first, second = fit.halves_LW
         cosines = site_cosines(first[stream], second[stream], layout)
         columns: Columns = {
             "norm": np.linalg.norm(heads_LHD, axis=-1).reshape(-1).astype(np.float64),
             **scored.columns[stream],
             "q_test": benjamini_hochberg(scored.columns[stream]["p_test"]),
+            # Components of the halves have no sign.
             "split_half_cosine": np.abs(cosines) if method == "pca" else cosines,
         }
         here, names = names[: len(columns["norm"])], names[len(columns["norm"]) :]

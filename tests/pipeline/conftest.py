@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.config import RunFile, load_run_file
 from pipeline.prompts.plan import Plan, plan
@@ -71,5 +73,28 @@ def root(tmp_path: Path) -> Location:
 def make_plan(make_run: MakeRun, root: Location) -> MakePlan:
     def make(*args: Any, **options: Any) -> Plan:
         return plan(make_run(*args, **options), root)
+
+    return make
+
+
+@pytest.fixture
+def make_poisoned(tmp_path: Path, make_model: Callable[..., Path]) -> Callable[[str], Path]:
+    """A model in which one word, and only that, makes the activations NaN."""
+
+    def make(word: str) -> Path:
+        from transformers import AutoTokenizer
+
+        source = make_model()
+        folder = tmp_path / "poisoned"
+        folder.mkdir()
+        for path in source.iterdir():
+            if path.suffix != ".safetensors":
+                (folder / path.name).write_bytes(path.read_bytes())
+        weights = load_file(source / "model.safetensors")
+        token = AutoTokenizer.from_pretrained(source)(word)["input_ids"][-1]
+        [name] = [name for name in weights if name.endswith("embed_tokens.weight")]
+        weights[name][token] = torch.nan
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
 
     return make

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.costs import LOCAL_RAY_NBYTES, RunCosts, SampleCounts, run_costs
+from pipeline.costs import RunCosts, SampleCounts, run_costs
 from pipeline.extraction.engine import ResidentEngine
 from pipeline.extraction.passes import ShardWork
 from pipeline.extraction.preflight import layouts_of, preflight
 from pipeline.prompts.packing import Packing
 from pipeline.prompts.plan import Plan
 from pipeline.prompts.worklist import read_shard
+from pipeline.ray_runtime import LOCAL_STORE_NBYTES
 from pipeline.reduction.held_out import scored_rows
 from pipeline.reduction.methods import DEFAULT_PARAMETERS
 from pipeline.reduction.reduce import reduce_all
@@ -150,7 +151,7 @@ def test_what_will_not_go_well_is_said(make_plan: Any) -> None:
     assert costs_of(planned).warnings == ()
     costs = costs_of(planned, 8_000_000)
     fit = next(step for step in costs.steps if step.name == "reduce: fit")
-    assert fit.ray_bytes > LOCAL_RAY_NBYTES
+    assert fit.ray_bytes > LOCAL_STORE_NBYTES
     assert any("reduce: fit: an object of" in warning for warning in costs.warnings)
     for warning in costs.warnings:
         assert "use a cluster" in warning

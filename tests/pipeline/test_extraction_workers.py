@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from pipeline.config import load_run_file
 from pipeline.errors import InvalidInput
@@ -100,22 +98,8 @@ def test_a_worker_without_its_model_says_so(tmp_path: Path, planned: Plan) -> No
 
 
 @pytest.fixture
-def poisoned(tmp_path: Path, make_model: Callable[..., Path]) -> Path:
-    """A model in which one word, and only that, makes the activations NaN."""
-    from transformers import AutoTokenizer
-
-    source = make_model()
-    folder = tmp_path / "poisoned"
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
-    weights = load_file(source / "model.safetensors")
-    token = AutoTokenizer.from_pretrained(source)(POISON)["input_ids"][-1]
-    [name] = [name for name in weights if name.endswith("embed_tokens.weight")]
-    weights[name][token] = torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+def poisoned(make_poisoned: Callable[[str], Path]) -> Path:
+    return make_poisoned(POISON)
 
 
 def test_poison_is_left_out_and_its_neighbours_are_not(tmp_path: Path, poisoned: Path) -> None:

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InvalidInput
 from pipeline.extraction.finishing import SavedRows, count_apart
@@ -348,22 +346,8 @@ def test_workers_of_a_pool_write_the_same(
 
 
 @pytest.fixture
-def poisoned(tmp_path: Path, make_model: Callable[..., Path]) -> Path:
-    """A model in which one word, and only that, makes the activations NaN."""
-    from transformers import AutoTokenizer
-
-    source = make_model()
-    folder = tmp_path / "poisoned"
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
-    weights = load_file(source / "model.safetensors")
-    token = AutoTokenizer.from_pretrained(source)(POISON)["input_ids"][-1]
-    [name] = [name for name in weights if name.endswith("embed_tokens.weight")]
-    weights[name][token] = torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+def poisoned(make_poisoned: Callable[[str], Path]) -> Path:
+    return make_poisoned(POISON)
 
 
 def _rows(num_poisoned: int) -> list[dict[str, str]]:
