@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"steering_service/v1/artifact.proto\x12\x13steering_service.v1\"_\n\x0ePublishRequest\x12\x34\n\x06header\x18\x01 \x01(\x0b\x32\".steering_service.v1.PublishHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"4\n\rPublishHeader\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"!\n\x0fPublishResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"$\n\x12GetManifestRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"P\n\x13GetManifestResponse\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x14\n\x0cpayload_size\x18\x03 \x01(\x04\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"1\n\x10\x44ownloadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\"4\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"^\n\x0cListResponse\x12\x35\n\tartifacts\x18\x01 \x03(\x0b\x32\".steering_service.v1.ArtifactEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\rArtifactEntry\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t2\xf3\x02\n\x0f\x41rtifactService\x12V\n\x07Publish\x12#.steering_service.v1.PublishRequest\x1a$.steering_service.v1.PublishResponse(\x01\x12`\n\x0bGetManifest\x12\'.steering_service.v1.GetManifestRequest\x1a(.steering_service.v1.GetManifestResponse\x12Y\n\x08\x44ownload\x12$.steering_service.v1.DownloadRequest\x1a%.steering_service.v1.DownloadResponse0\x01\x12K\n\x04List\x12 .steering_service.v1.ListRequest\x1a!.steering_service.v1.ListResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"steering_service/v1/artifact.proto\x12\x13steering_service.v1\"_\n\x0ePublishRequest\x12\x34\n\x06header\x18\x01 \x01(\x0b\x32\".steering_service.v1.PublishHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"D\n\rPublishHeader\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"!\n\x0fPublishResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\"\n\x10GetUploadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"#\n\x11GetUploadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"$\n\x12GetManifestRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"P\n\x13GetManifestResponse\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x14\n\x0cpayload_size\x18\x03 \x01(\x04\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"1\n\x10\x44ownloadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\"v\n\x0bListRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0bname_prefix\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0e\n\x06parent\x18\x06 \x01(\t\"^\n\x0cListResponse\x12\x35\n\tartifacts\x18\x01 \x03(\x0b\x32\".steering_service.v1.ArtifactEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x80\x01\n\rArtifactEntry\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0cpayload_size\x18\x06 \x01(\x04\"!\n\rRevokeRequest\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\" \n\x0eRevokeResponse\x12\x0e\n\x06serial\x18\x01 \x01(\x04\"\x17\n\x15GetRevocationsRequest\":\n\x16GetRevocationsResponse\x12\x0e\n\x06serial\x18\x01 \x01(\x04\x12\x10\n\x08\x65nvelope\x18\x02 \x01(\x0c\x32\x8d\x05\n\x0f\x41rtifactService\x12V\n\x07Publish\x12#.steering_service.v1.PublishRequest\x1a$.steering_service.v1.PublishResponse(\x01\x12Z\n\tGetUpload\x12%.steering_service.v1.GetUploadRequest\x1a&.steering_service.v1.GetUploadResponse\x12`\n\x0bGetManifest\x12\'.steering_service.v1.GetManifestRequest\x1a(.steering_service.v1.GetManifestResponse\x12Y\n\x08\x44ownload\x12$.steering_service.v1.DownloadRequest\x1a%.steering_service.v1.DownloadResponse0\x01\x12K\n\x04List\x12 .steering_service.v1.ListRequest\x1a!.steering_service.v1.ListResponse\x12Q\n\x06Revoke\x12\".steering_service.v1.RevokeRequest\x1a#.steering_service.v1.RevokeResponse\x12i\n\x0eGetRevocations\x12*.steering_service.v1.GetRevocationsRequest\x1a+.steering_service.v1.GetRevocationsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,23 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUBLISHREQUEST']._serialized_start=59
   _globals['_PUBLISHREQUEST']._serialized_end=154
   _globals['_PUBLISHHEADER']._serialized_start=156
-  _globals['_PUBLISHHEADER']._serialized_end=208
-  _globals['_PUBLISHRESPONSE']._serialized_start=210
-  _globals['_PUBLISHRESPONSE']._serialized_end=243
-  _globals['_GETMANIFESTREQUEST']._serialized_start=245
-  _globals['_GETMANIFESTREQUEST']._serialized_end=281
-  _globals['_GETMANIFESTRESPONSE']._serialized_start=283
-  _globals['_GETMANIFESTRESPONSE']._serialized_end=363
-  _globals['_DOWNLOADREQUEST']._serialized_start=365
-  _globals['_DOWNLOADREQUEST']._serialized_end=414
-  _globals['_DOWNLOADRESPONSE']._serialized_start=416
-  _globals['_DOWNLOADRESPONSE']._serialized_end=465
-  _globals['_LISTREQUEST']._serialized_start=467
-  _globals['_LISTREQUEST']._serialized_end=519
-  _globals['_LISTRESPONSE']._serialized_start=521
-  _globals['_LISTRESPONSE']._serialized_end=615
-  _globals['_ARTIFACTENTRY']._serialized_start=617
-  _globals['_ARTIFACTENTRY']._serialized_end=648
-  _globals['_ARTIFACTSERVICE']._serialized_start=651
-  _globals['_ARTIFACTSERVICE']._serialized_end=1022
+  _globals['_PUBLISHHEADER']._serialized_end=224
+  _globals['_PUBLISHRESPONSE']._serialized_start=226
+  _globals['_PUBLISHRESPONSE']._serialized_end=259
+  _globals['_GETUPLOADREQUEST']._serialized_start=261
+  _globals['_GETUPLOADREQUEST']._serialized_end=295
+  _globals['_GETUPLOADRESPONSE']._serialized_start=297
+  _globals['_GETUPLOADRESPONSE']._serialized_end=332
+  _globals['_GETMANIFESTREQUEST']._serialized_start=334
+  _globals['_GETMANIFESTREQUEST']._serialized_end=370
+  _globals['_GETMANIFESTRESPONSE']._serialized_start=372
+  _globals['_GETMANIFESTRESPONSE']._serialized_end=452
+  _globals['_DOWNLOADREQUEST']._serialized_start=454
+  _globals['_DOWNLOADREQUEST']._serialized_end=503
+  _globals['_DOWNLOADRESPONSE']._serialized_start=505
+  _globals['_DOWNLOADRESPONSE']._serialized_end=554
+  _globals['_LISTREQUEST']._serialized_start=556
+  _globals['_LISTREQUEST']._serialized_end=674
+  _globals['_LISTRESPONSE']._serialized_start=676
+  _globals['_LISTRESPONSE']._serialized_end=770
+  _globals['_ARTIFACTENTRY']._serialized_start=773
+  _globals['_ARTIFACTENTRY']._serialized_end=901
+  _globals['_REVOKEREQUEST']._serialized_start=903
+  _globals['_REVOKEREQUEST']._serialized_end=936
+  _globals['_REVOKERESPONSE']._serialized_start=938
+  _globals['_REVOKERESPONSE']._serialized_end=970
+  _globals['_GETREVOCATIONSREQUEST']._serialized_start=972
+  _globals['_GETREVOCATIONSREQUEST']._serialized_end=995
+  _globals['_GETREVOCATIONSRESPONSE']._serialized_start=997
+  _globals['_GETREVOCATIONSRESPONSE']._serialized_end=1055
+  _globals['_ARTIFACTSERVICE']._serialized_start=1058
+  _globals['_ARTIFACTSERVICE']._serialized_end=1711
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,11 @@ class ArtifactServiceStub(object):
                 request_serializer=steering__service_dot_v1_dot_artifact__pb2.PublishRequest.SerializeToString,
                 response_deserializer=steering__service_dot_v1_dot_artifact__pb2.PublishResponse.FromString,
                 _registered_method=True)
+        self.GetUpload = channel.unary_unary(
+                '/steering_service.v1.ArtifactService/GetUpload',
+                request_serializer=steering__service_dot_v1_dot_artifact__pb2.GetUploadRequest.SerializeToString,
+                response_deserializer=steering__service_dot_v1_dot_artifact__pb2.GetUploadResponse.FromString,
+                _registered_method=True)
         self.GetManifest = channel.unary_unary(
                 '/steering_service.v1.ArtifactService/GetManifest',
                 request_serializer=steering__service_dot_v1_dot_artifact__pb2.GetManifestRequest.SerializeToString,
@@ -54,6 +59,16 @@ class ArtifactServiceStub(object):
                 request_serializer=steering__service_dot_v1_dot_artifact__pb2.ListRequest.SerializeToString,
                 response_deserializer=steering__service_dot_v1_dot_artifact__pb2.ListResponse.FromString,
                 _registered_method=True)
+        self.Revoke = channel.unary_unary(
+                '/steering_service.v1.ArtifactService/Revoke',
+                request_serializer=steering__service_dot_v1_dot_artifact__pb2.RevokeRequest.SerializeToString,
+                response_deserializer=steering__service_dot_v1_dot_artifact__pb2.RevokeResponse.FromString,
+                _registered_method=True)
+        self.GetRevocations = channel.unary_unary(
+                '/steering_service.v1.ArtifactService/GetRevocations',
+                request_serializer=steering__service_dot_v1_dot_artifact__pb2.GetRevocationsRequest.SerializeToString,
+                response_deserializer=steering__service_dot_v1_dot_artifact__pb2.GetRevocationsResponse.FromString,
+                _registered_method=True)
 
 
 class ArtifactServiceServicer(object):
@@ -64,6 +79,17 @@ class ArtifactServiceServicer(object):
         of it stays visible otherwise. The first message is the header, the others are the payload in
         order. Publishing what is already there is OK and changes nothing,
         unless the signature differs: the first one stays, and the call gives ABORTED.
+
+        A stream that breaks can be resumed, on any replica: GetUpload says how many bytes of the
+        payload were kept, and the next Publish leaves these out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUpload(self, request, context):
+        """How much of a payload an interrupted Publish has left behind. 0 when there is nothing, or the
+        artifact is published already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,7 +111,24 @@ class ArtifactServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """All artifacts, in ascending order of their digests.
+        """Artifacts that match all filters, in ascending order of their digests. Only those whose models
+        the caller may see.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Revoke(self, request, context):
+        """Stores a revocation list, signed by one of the service's trust roots. Its serial must be one
+        above that of the present list (ABORTED otherwise), and it must revoke all that this one does.
+        Every node that watches gets it at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRevocations(self, request, context):
+        """The present revocation list; serial 0 and no envelope before the first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +141,11 @@ def add_ArtifactServiceServicer_to_server(servicer, server):
                     servicer.Publish,
                     request_deserializer=steering__service_dot_v1_dot_artifact__pb2.PublishRequest.FromString,
                     response_serializer=steering__service_dot_v1_dot_artifact__pb2.PublishResponse.SerializeToString,
+            ),
+            'GetUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUpload,
+                    request_deserializer=steering__service_dot_v1_dot_artifact__pb2.GetUploadRequest.FromString,
+                    response_serializer=steering__service_dot_v1_dot_artifact__pb2.GetUploadResponse.SerializeToString,
             ),
             'GetManifest': grpc.unary_unary_rpc_method_handler(
                     servicer.GetManifest,
@@ -113,6 +161,16 @@ def add_ArtifactServiceServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=steering__service_dot_v1_dot_artifact__pb2.ListRequest.FromString,
                     response_serializer=steering__service_dot_v1_dot_artifact__pb2.ListResponse.SerializeToString,
+            ),
+            'Revoke': grpc.unary_unary_rpc_method_handler(
+                    servicer.Revoke,
+                    request_deserializer=steering__service_dot_v1_dot_artifact__pb2.RevokeRequest.FromString,
+                    response_serializer=steering__service_dot_v1_dot_artifact__pb2.RevokeResponse.SerializeToString,
+            ),
+            'GetRevocations': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRevocations,
+                    request_deserializer=steering__service_dot_v1_dot_artifact__pb2.GetRevocationsRequest.FromString,
+                    response_serializer=steering__service_dot_v1_dot_artifact__pb2.GetRevocationsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -142,6 +200,33 @@ class ArtifactService(object):
             '/steering_service.v1.ArtifactService/Publish',
             steering__service_dot_v1_dot_artifact__pb2.PublishRequest.SerializeToString,
             steering__service_dot_v1_dot_artifact__pb2.PublishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering_service.v1.ArtifactService/GetUpload',
+            steering__service_dot_v1_dot_artifact__pb2.GetUploadRequest.SerializeToString,
+            steering__service_dot_v1_dot_artifact__pb2.GetUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -223,6 +308,60 @@ class ArtifactService(object):
             '/steering_service.v1.ArtifactService/List',
             steering__service_dot_v1_dot_artifact__pb2.ListRequest.SerializeToString,
             steering__service_dot_v1_dot_artifact__pb2.ListResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Revoke(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering_service.v1.ArtifactService/Revoke',
+            steering__service_dot_v1_dot_artifact__pb2.RevokeRequest.SerializeToString,
+            steering__service_dot_v1_dot_artifact__pb2.RevokeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRevocations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering_service.v1.ArtifactService/GetRevocations',
+            steering__service_dot_v1_dot_artifact__pb2.GetRevocationsRequest.SerializeToString,
+            steering__service_dot_v1_dot_artifact__pb2.GetRevocationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,12 +8,17 @@ An artifact is a manifest (canonical JSON, RFC 8785), a payload (safetensors) an
 hex digits, and the manifest holds the sha256 of the payload: so one digest names everything, and
 a reader can check all of it without trusting this service.
 
-Errors of every call: the gRPC status says what the caller can do about it, and the trailing
-metadata key `steerage-error-kind` holds a stable code, such as `payload_digest`:
+Errors of every call: the gRPC status says what the caller can do about it, the trailing metadata
+key `steerage-error-kind` holds a stable code, such as `payload_digest`, and
+`grpc-status-details-bin` a google.rpc.Status with an ErrorInfo (the same code, domain
+"steerage") and, where waiting helps, a RetryInfo:
   INVALID_ARGUMENT     the request is wrong: fix it
+  UNAUTHENTICATED      no certificate or token that the service knows
+  PERMISSION_DENIED    known, and not allowed: ask whoever keeps the access policy
   NOT_FOUND            no such artifact or channel
-  FAILED_PRECONDITION  refused by signature, policy or model: do not retry
+  FAILED_PRECONDITION  refused by signature, policy, model or revocation: do not retry
   ABORTED              somebody else was first: read again, then decide
+  RESOURCE_EXHAUSTED   too many calls (RetryInfo says when), or a message above the limit
   DATA_LOSS            stored bytes do not match their digest
   UNAVAILABLE          the service or its store cannot answer now: retry later
   INTERNAL             a bug in the service
@@ -52,6 +57,13 @@ class ArtifactServiceStub:
     of it stays visible otherwise. The first message is the header, the others are the payload in
     order. Publishing what is already there is OK and changes nothing,
     unless the signature differs: the first one stays, and the call gives ABORTED.
+
+    A stream that breaks can be resumed, on any replica: GetUpload says how many bytes of the
+    payload were kept, and the next Publish leaves these out.
+    """
+    GetUpload: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.GetUploadRequest, _artifact_pb2.GetUploadResponse]
+    """How much of a payload an interrupted Publish has left behind. 0 when there is nothing, or the
+    artifact is published already.
     """
     GetManifest: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.GetManifestRequest, _artifact_pb2.GetManifestResponse]
     """Manifest, signature and payload size of one artifact."""
@@ -60,7 +72,16 @@ class ArtifactServiceStub:
     number of bytes you have. Check the sha256 in the manifest at the end.
     """
     List: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.ListRequest, _artifact_pb2.ListResponse]
-    """All artifacts, in ascending order of their digests."""
+    """Artifacts that match all filters, in ascending order of their digests. Only those whose models
+    the caller may see.
+    """
+    Revoke: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.RevokeRequest, _artifact_pb2.RevokeResponse]
+    """Stores a revocation list, signed by one of the service's trust roots. Its serial must be one
+    above that of the present list (ABORTED otherwise), and it must revoke all that this one does.
+    Every node that watches gets it at once.
+    """
+    GetRevocations: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.GetRevocationsRequest, _artifact_pb2.GetRevocationsResponse]
+    """The present revocation list; serial 0 and no envelope before the first."""
 
 @_typing.type_check_only
 class ArtifactServiceAsyncStub(ArtifactServiceStub):
@@ -70,6 +91,13 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     of it stays visible otherwise. The first message is the header, the others are the payload in
     order. Publishing what is already there is OK and changes nothing,
     unless the signature differs: the first one stays, and the call gives ABORTED.
+
+    A stream that breaks can be resumed, on any replica: GetUpload says how many bytes of the
+    payload were kept, and the next Publish leaves these out.
+    """
+    GetUpload: _aio.UnaryUnaryMultiCallable[_artifact_pb2.GetUploadRequest, _artifact_pb2.GetUploadResponse]  # type: ignore[assignment]
+    """How much of a payload an interrupted Publish has left behind. 0 when there is nothing, or the
+    artifact is published already.
     """
     GetManifest: _aio.UnaryUnaryMultiCallable[_artifact_pb2.GetManifestRequest, _artifact_pb2.GetManifestResponse]  # type: ignore[assignment]
     """Manifest, signature and payload size of one artifact."""
@@ -78,7 +106,16 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     number of bytes you have. Check the sha256 in the manifest at the end.
     """
     List: _aio.UnaryUnaryMultiCallable[_artifact_pb2.ListRequest, _artifact_pb2.ListResponse]  # type: ignore[assignment]
-    """All artifacts, in ascending order of their digests."""
+    """Artifacts that match all filters, in ascending order of their digests. Only those whose models
+    the caller may see.
+    """
+    Revoke: _aio.UnaryUnaryMultiCallable[_artifact_pb2.RevokeRequest, _artifact_pb2.RevokeResponse]  # type: ignore[assignment]
+    """Stores a revocation list, signed by one of the service's trust roots. Its serial must be one
+    above that of the present list (ABORTED otherwise), and it must revoke all that this one does.
+    Every node that watches gets it at once.
+    """
+    GetRevocations: _aio.UnaryUnaryMultiCallable[_artifact_pb2.GetRevocationsRequest, _artifact_pb2.GetRevocationsResponse]  # type: ignore[assignment]
+    """The present revocation list; serial 0 and no envelope before the first."""
 
 class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -91,6 +128,19 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
         of it stays visible otherwise. The first message is the header, the others are the payload in
         order. Publishing what is already there is OK and changes nothing,
         unless the signature differs: the first one stays, and the call gives ABORTED.
+
+        A stream that breaks can be resumed, on any replica: GetUpload says how many bytes of the
+        payload were kept, and the next Publish leaves these out.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUpload(
+        self,
+        request: _artifact_pb2.GetUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_artifact_pb2.GetUploadResponse, _abc.Awaitable[_artifact_pb2.GetUploadResponse]]:
+        """How much of a payload an interrupted Publish has left behind. 0 when there is nothing, or the
+        artifact is published already.
         """
 
     @_abc_1.abstractmethod
@@ -117,6 +167,27 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _artifact_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_artifact_pb2.ListResponse, _abc.Awaitable[_artifact_pb2.ListResponse]]:
-        """All artifacts, in ascending order of their digests."""
+        """Artifacts that match all filters, in ascending order of their digests. Only those whose models
+        the caller may see.
+        """
+
+    @_abc_1.abstractmethod
+    def Revoke(
+        self,
+        request: _artifact_pb2.RevokeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_artifact_pb2.RevokeResponse, _abc.Awaitable[_artifact_pb2.RevokeResponse]]:
+        """Stores a revocation list, signed by one of the service's trust roots. Its serial must be one
+        above that of the present list (ABORTED otherwise), and it must revoke all that this one does.
+        Every node that watches gets it at once.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRevocations(
+        self,
+        request: _artifact_pb2.GetRevocationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_artifact_pb2.GetRevocationsResponse, _abc.Awaitable[_artifact_pb2.GetRevocationsResponse]]:
+        """The present revocation list; serial 0 and no envelope before the first."""
 
 def add_ArtifactServiceServicer_to_server(servicer: ArtifactServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

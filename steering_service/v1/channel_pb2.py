@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!steering_service/v1/channel.proto\x12\x13steering_service.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd0\x01\n\x0c\x43hannelEntry\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x10\n\x08\x61rtifact\x18\x03 \x01(\t\x12\x10\n\x08strength\x18\x04 \x01(\x01\x12\x0f\n\x07\x65nabled\x18\x05 \x01(\x08\x12\r\n\x05share\x18\x06 \x01(\x01\x12\r\n\x05\x61\x63tor\x18\x07 \x01(\t\x12(\n\x04time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x10\n\x08previous\x18\n \x01(\t\"\xe3\x01\n\x0ePromoteRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x19\n\x11\x65xpected_revision\x18\x02 \x01(\x04\x12\x15\n\x08\x61rtifact\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x15\n\x08strength\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07\x65nabled\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x12\n\x05share\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\r\n\x05\x61\x63tor\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\tB\x0b\n\t_artifactB\x0b\n\t_strengthB\n\n\x08_enabledB\x08\n\x06_share\"C\n\x0fPromoteResponse\x12\x30\n\x05\x65ntry\x18\x01 \x01(\x0b\x32!.steering_service.v1.ChannelEntry\"$\n\x11GetChannelRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\"F\n\x12GetChannelResponse\x12\x30\n\x05\x65ntry\x18\x01 \x01(\x0b\x32!.steering_service.v1.ChannelEntry\"C\n\x0eHistoryRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\x11\n\tpage_size\x18\x03 \x01(\r\"S\n\x0fHistoryResponse\x12\x32\n\x07\x65ntries\x18\x01 \x03(\x0b\x32!.steering_service.v1.ChannelEntry\x12\x0c\n\x04more\x18\x02 \x01(\x08\"<\n\x13ListChannelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"A\n\x14ListChannelsResponse\x12\x10\n\x08\x63hannels\x18\x01 \x03(\t\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x80\x03\n\x0e\x43hannelService\x12T\n\x07Promote\x12#.steering_service.v1.PromoteRequest\x1a$.steering_service.v1.PromoteResponse\x12]\n\nGetChannel\x12&.steering_service.v1.GetChannelRequest\x1a\'.steering_service.v1.GetChannelResponse\x12T\n\x07History\x12#.steering_service.v1.HistoryRequest\x1a$.steering_service.v1.HistoryResponse\x12\x63\n\x0cListChannels\x12(.steering_service.v1.ListChannelsRequest\x1a).steering_service.v1.ListChannelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!steering_service/v1/channel.proto\x12\x13steering_service.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf4\x01\n\x0c\x43hannelEntry\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\x10\n\x08\x61rtifact\x18\x03 \x01(\t\x12\x10\n\x08strength\x18\x04 \x01(\x01\x12\x0f\n\x07\x65nabled\x18\x05 \x01(\x08\x12\r\n\x05share\x18\x06 \x01(\x01\x12\r\n\x05\x61\x63tor\x18\x07 \x01(\t\x12(\n\x04time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x10\n\x08previous\x18\n \x01(\t\x12\x10\n\x08\x61pprover\x18\x0b \x01(\t\x12\x10\n\x08restores\x18\x0c \x01(\x04\"\xe3\x01\n\x0ePromoteRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x19\n\x11\x65xpected_revision\x18\x02 \x01(\x04\x12\x15\n\x08\x61rtifact\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x15\n\x08strength\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07\x65nabled\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x12\n\x05share\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\r\n\x05\x61\x63tor\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\tB\x0b\n\t_artifactB\x0b\n\t_strengthB\n\n\x08_enabledB\x08\n\x06_share\"t\n\x0fPromoteResponse\x12\x30\n\x05\x65ntry\x18\x01 \x01(\x0b\x32!.steering_service.v1.ChannelEntry\x12/\n\x08proposal\x18\x02 \x01(\x0b\x32\x1d.steering_service.v1.Proposal\"H\n\x08Proposal\x12\n\n\x02id\x18\x01 \x01(\t\x12\x30\n\x05\x65ntry\x18\x02 \x01(\x0b\x32!.steering_service.v1.ChannelEntry\"q\n\x0fRollbackRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x19\n\x11\x65xpected_revision\x18\x02 \x01(\x04\x12\x13\n\x0bto_revision\x18\x03 \x01(\x04\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"E\n\x0e\x41pproveRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x13\n\x0bproposal_id\x18\x02 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\"\'\n\x14ListProposalsRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\"I\n\x15ListProposalsResponse\x12\x30\n\tproposals\x18\x01 \x03(\x0b\x32\x1d.steering_service.v1.Proposal\"$\n\x11GetChannelRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\"F\n\x12GetChannelResponse\x12\x30\n\x05\x65ntry\x18\x01 \x01(\x0b\x32!.steering_service.v1.ChannelEntry\"C\n\x0eHistoryRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\x12\x11\n\tpage_size\x18\x03 \x01(\r\"S\n\x0fHistoryResponse\x12\x32\n\x07\x65ntries\x18\x01 \x03(\x0b\x32!.steering_service.v1.ChannelEntry\x12\x0c\n\x04more\x18\x02 \x01(\x08\"<\n\x13ListChannelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"A\n\x14ListChannelsResponse\x12\x10\n\x08\x63hannels\x18\x01 \x03(\t\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x96\x05\n\x0e\x43hannelService\x12T\n\x07Promote\x12#.steering_service.v1.PromoteRequest\x1a$.steering_service.v1.PromoteResponse\x12V\n\x08Rollback\x12$.steering_service.v1.RollbackRequest\x1a$.steering_service.v1.PromoteResponse\x12T\n\x07\x41pprove\x12#.steering_service.v1.ApproveRequest\x1a$.steering_service.v1.PromoteResponse\x12\x66\n\rListProposals\x12).steering_service.v1.ListProposalsRequest\x1a*.steering_service.v1.ListProposalsResponse\x12]\n\nGetChannel\x12&.steering_service.v1.GetChannelRequest\x1a\'.steering_service.v1.GetChannelResponse\x12T\n\x07History\x12#.steering_service.v1.HistoryRequest\x1a$.steering_service.v1.HistoryResponse\x12\x63\n\x0cListChannels\x12(.steering_service.v1.ListChannelsRequest\x1a).steering_service.v1.ListChannelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steering_service.v1.channel
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHANNELENTRY']._serialized_start=92
-  _globals['_CHANNELENTRY']._serialized_end=300
-  _globals['_PROMOTEREQUEST']._serialized_start=303
-  _globals['_PROMOTEREQUEST']._serialized_end=530
-  _globals['_PROMOTERESPONSE']._serialized_start=532
-  _globals['_PROMOTERESPONSE']._serialized_end=599
-  _globals['_GETCHANNELREQUEST']._serialized_start=601
-  _globals['_GETCHANNELREQUEST']._serialized_end=637
-  _globals['_GETCHANNELRESPONSE']._serialized_start=639
-  _globals['_GETCHANNELRESPONSE']._serialized_end=709
-  _globals['_HISTORYREQUEST']._serialized_start=711
-  _globals['_HISTORYREQUEST']._serialized_end=778
-  _globals['_HISTORYRESPONSE']._serialized_start=780
-  _globals['_HISTORYRESPONSE']._serialized_end=863
-  _globals['_LISTCHANNELSREQUEST']._serialized_start=865
-  _globals['_LISTCHANNELSREQUEST']._serialized_end=925
-  _globals['_LISTCHANNELSRESPONSE']._serialized_start=927
-  _globals['_LISTCHANNELSRESPONSE']._serialized_end=992
-  _globals['_CHANNELSERVICE']._serialized_start=995
-  _globals['_CHANNELSERVICE']._serialized_end=1379
+  _globals['_CHANNELENTRY']._serialized_end=336
+  _globals['_PROMOTEREQUEST']._serialized_start=339
+  _globals['_PROMOTEREQUEST']._serialized_end=566
+  _globals['_PROMOTERESPONSE']._serialized_start=568
+  _globals['_PROMOTERESPONSE']._serialized_end=684
+  _globals['_PROPOSAL']._serialized_start=686
+  _globals['_PROPOSAL']._serialized_end=758
+  _globals['_ROLLBACKREQUEST']._serialized_start=760
+  _globals['_ROLLBACKREQUEST']._serialized_end=873
+  _globals['_APPROVEREQUEST']._serialized_start=875
+  _globals['_APPROVEREQUEST']._serialized_end=944
+  _globals['_LISTPROPOSALSREQUEST']._serialized_start=946
+  _globals['_LISTPROPOSALSREQUEST']._serialized_end=985
+  _globals['_LISTPROPOSALSRESPONSE']._serialized_start=987
+  _globals['_LISTPROPOSALSRESPONSE']._serialized_end=1060
+  _globals['_GETCHANNELREQUEST']._serialized_start=1062
+  _globals['_GETCHANNELREQUEST']._serialized_end=1098
+  _globals['_GETCHANNELRESPONSE']._serialized_start=1100
+  _globals['_GETCHANNELRESPONSE']._serialized_end=1170
+  _globals['_HISTORYREQUEST']._serialized_start=1172
+  _globals['_HISTORYREQUEST']._serialized_end=1239
+  _globals['_HISTORYRESPONSE']._serialized_start=1241
+  _globals['_HISTORYRESPONSE']._serialized_end=1324
+  _globals['_LISTCHANNELSREQUEST']._serialized_start=1326
+  _globals['_LISTCHANNELSREQUEST']._serialized_end=1386
+  _globals['_LISTCHANNELSRESPONSE']._serialized_start=1388
+  _globals['_LISTCHANNELSRESPONSE']._serialized_end=1453
+  _globals['_CHANNELSERVICE']._serialized_start=1456
+  _globals['_CHANNELSERVICE']._serialized_end=2118
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,21 @@ class ChannelServiceStub(object):
                 request_serializer=steering__service_dot_v1_dot_channel__pb2.PromoteRequest.SerializeToString,
                 response_deserializer=steering__service_dot_v1_dot_channel__pb2.PromoteResponse.FromString,
                 _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/steering_service.v1.ChannelService/Rollback',
+                request_serializer=steering__service_dot_v1_dot_channel__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=steering__service_dot_v1_dot_channel__pb2.PromoteResponse.FromString,
+                _registered_method=True)
+        self.Approve = channel.unary_unary(
+                '/steering_service.v1.ChannelService/Approve',
+                request_serializer=steering__service_dot_v1_dot_channel__pb2.ApproveRequest.SerializeToString,
+                response_deserializer=steering__service_dot_v1_dot_channel__pb2.PromoteResponse.FromString,
+                _registered_method=True)
+        self.ListProposals = channel.unary_unary(
+                '/steering_service.v1.ChannelService/ListProposals',
+                request_serializer=steering__service_dot_v1_dot_channel__pb2.ListProposalsRequest.SerializeToString,
+                response_deserializer=steering__service_dot_v1_dot_channel__pb2.ListProposalsResponse.FromString,
+                _registered_method=True)
         self.GetChannel = channel.unary_unary(
                 '/steering_service.v1.ChannelService/GetChannel',
                 request_serializer=steering__service_dot_v1_dot_channel__pb2.GetChannelRequest.SerializeToString,
@@ -63,6 +78,31 @@ class ChannelServiceServicer(object):
         """Appends one entry, if the channel still is at `expected_revision`: a compare-and-set. ABORTED
         means that somebody else changed it meanwhile. The artifact must exist, and the strength must
         lie within the artifact's signed policy (nodes check that again, for themselves).
+
+        On a channel for which the access policy asks for two people nothing is appended: the answer is
+        a proposal, which somebody else has to approve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Appends an entry with the state of an earlier revision; otherwise like Promote.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Approve(self, request, context):
+        """Appends what was proposed, if the channel still is where it was then. PERMISSION_DENIED for
+        whoever proposed it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListProposals(self, request, context):
+        """Proposals that can still be approved, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +137,21 @@ def add_ChannelServiceServicer_to_server(servicer, server):
                     servicer.Promote,
                     request_deserializer=steering__service_dot_v1_dot_channel__pb2.PromoteRequest.FromString,
                     response_serializer=steering__service_dot_v1_dot_channel__pb2.PromoteResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=steering__service_dot_v1_dot_channel__pb2.RollbackRequest.FromString,
+                    response_serializer=steering__service_dot_v1_dot_channel__pb2.PromoteResponse.SerializeToString,
+            ),
+            'Approve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Approve,
+                    request_deserializer=steering__service_dot_v1_dot_channel__pb2.ApproveRequest.FromString,
+                    response_serializer=steering__service_dot_v1_dot_channel__pb2.PromoteResponse.SerializeToString,
+            ),
+            'ListProposals': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListProposals,
+                    request_deserializer=steering__service_dot_v1_dot_channel__pb2.ListProposalsRequest.FromString,
+                    response_serializer=steering__service_dot_v1_dot_channel__pb2.ListProposalsResponse.SerializeToString,
             ),
             'GetChannel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetChannel,
@@ -141,6 +196,87 @@ class ChannelService(object):
             '/steering_service.v1.ChannelService/Promote',
             steering__service_dot_v1_dot_channel__pb2.PromoteRequest.SerializeToString,
             steering__service_dot_v1_dot_channel__pb2.PromoteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering_service.v1.ChannelService/Rollback',
+            steering__service_dot_v1_dot_channel__pb2.RollbackRequest.SerializeToString,
+            steering__service_dot_v1_dot_channel__pb2.PromoteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Approve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering_service.v1.ChannelService/Approve',
+            steering__service_dot_v1_dot_channel__pb2.ApproveRequest.SerializeToString,
+            steering__service_dot_v1_dot_channel__pb2.PromoteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListProposals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering_service.v1.ChannelService/ListProposals',
+            steering__service_dot_v1_dot_channel__pb2.ListProposalsRequest.SerializeToString,
+            steering__service_dot_v1_dot_channel__pb2.ListProposalsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,7 +40,18 @@ class ChannelServiceStub:
     """Appends one entry, if the channel still is at `expected_revision`: a compare-and-set. ABORTED
     means that somebody else changed it meanwhile. The artifact must exist, and the strength must
     lie within the artifact's signed policy (nodes check that again, for themselves).
+
+    On a channel for which the access policy asks for two people nothing is appended: the answer is
+    a proposal, which somebody else has to approve.
     """
+    Rollback: _grpc.UnaryUnaryMultiCallable[_channel_pb2.RollbackRequest, _channel_pb2.PromoteResponse]
+    """Appends an entry with the state of an earlier revision; otherwise like Promote."""
+    Approve: _grpc.UnaryUnaryMultiCallable[_channel_pb2.ApproveRequest, _channel_pb2.PromoteResponse]
+    """Appends what was proposed, if the channel still is where it was then. PERMISSION_DENIED for
+    whoever proposed it.
+    """
+    ListProposals: _grpc.UnaryUnaryMultiCallable[_channel_pb2.ListProposalsRequest, _channel_pb2.ListProposalsResponse]
+    """Proposals that can still be approved, oldest first."""
     GetChannel: _grpc.UnaryUnaryMultiCallable[_channel_pb2.GetChannelRequest, _channel_pb2.GetChannelResponse]
     """The channel's present state. NOT_FOUND before the first Promote."""
     History: _grpc.UnaryUnaryMultiCallable[_channel_pb2.HistoryRequest, _channel_pb2.HistoryResponse]
@@ -57,7 +68,18 @@ class ChannelServiceAsyncStub(ChannelServiceStub):
     """Appends one entry, if the channel still is at `expected_revision`: a compare-and-set. ABORTED
     means that somebody else changed it meanwhile. The artifact must exist, and the strength must
     lie within the artifact's signed policy (nodes check that again, for themselves).
+
+    On a channel for which the access policy asks for two people nothing is appended: the answer is
+    a proposal, which somebody else has to approve.
     """
+    Rollback: _aio.UnaryUnaryMultiCallable[_channel_pb2.RollbackRequest, _channel_pb2.PromoteResponse]  # type: ignore[assignment]
+    """Appends an entry with the state of an earlier revision; otherwise like Promote."""
+    Approve: _aio.UnaryUnaryMultiCallable[_channel_pb2.ApproveRequest, _channel_pb2.PromoteResponse]  # type: ignore[assignment]
+    """Appends what was proposed, if the channel still is where it was then. PERMISSION_DENIED for
+    whoever proposed it.
+    """
+    ListProposals: _aio.UnaryUnaryMultiCallable[_channel_pb2.ListProposalsRequest, _channel_pb2.ListProposalsResponse]  # type: ignore[assignment]
+    """Proposals that can still be approved, oldest first."""
     GetChannel: _aio.UnaryUnaryMultiCallable[_channel_pb2.GetChannelRequest, _channel_pb2.GetChannelResponse]  # type: ignore[assignment]
     """The channel's present state. NOT_FOUND before the first Promote."""
     History: _aio.UnaryUnaryMultiCallable[_channel_pb2.HistoryRequest, _channel_pb2.HistoryResponse]  # type: ignore[assignment]
@@ -77,7 +99,36 @@ class ChannelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Appends one entry, if the channel still is at `expected_revision`: a compare-and-set. ABORTED
         means that somebody else changed it meanwhile. The artifact must exist, and the strength must
         lie within the artifact's signed policy (nodes check that again, for themselves).
+
+        On a channel for which the access policy asks for two people nothing is appended: the answer is
+        a proposal, which somebody else has to approve.
         """
+
+    @_abc_1.abstractmethod
+    def Rollback(
+        self,
+        request: _channel_pb2.RollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_channel_pb2.PromoteResponse, _abc.Awaitable[_channel_pb2.PromoteResponse]]:
+        """Appends an entry with the state of an earlier revision; otherwise like Promote."""
+
+    @_abc_1.abstractmethod
+    def Approve(
+        self,
+        request: _channel_pb2.ApproveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_channel_pb2.PromoteResponse, _abc.Awaitable[_channel_pb2.PromoteResponse]]:
+        """Appends what was proposed, if the channel still is where it was then. PERMISSION_DENIED for
+        whoever proposed it.
+        """
+
+    @_abc_1.abstractmethod
+    def ListProposals(
+        self,
+        request: _channel_pb2.ListProposalsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_channel_pb2.ListProposalsResponse, _abc.Awaitable[_channel_pb2.ListProposalsResponse]]:
+        """Proposals that can still be approved, oldest first."""
 
     @_abc_1.abstractmethod
     def GetChannel(

@@ -22,31 +22,36 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsteering_service/v1/watch.proto\x12\x13steering_service.v1\"}\n\x0cWatchRequest\x12\x33\n\tsubscribe\x18\x01 \x01(\x0b\x32\x1e.steering_service.v1.SubscribeH\x00\x12-\n\x06report\x18\x02 \x01(\x0b\x32\x1b.steering_service.v1.ReportH\x00\x42\t\n\x07message\"\x86\x01\n\rWatchResponse\x12\x35\n\nassignment\x18\x01 \x01(\x0b\x32\x1f.steering_service.v1.AssignmentH\x00\x12\x33\n\theartbeat\x18\x02 \x01(\x0b\x32\x1e.steering_service.v1.HeartbeatH\x00\x42\t\n\x07message\"X\n\tSubscribe\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x02 \x01(\t\x12\x17\n\x0f\x61\x63tive_revision\x18\x03 \x01(\x04\x12\x10\n\x08observer\x18\x04 \x01(\x08\"\x82\x01\n\nAssignment\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x04\x12\x10\n\x08\x61rtifact\x18\x04 \x01(\t\x12\x10\n\x08strength\x18\x05 \x01(\x01\x12\x0f\n\x07\x65nabled\x18\x06 \x01(\x08\x12\r\n\x05share\x18\x07 \x01(\x01\"\xad\x02\n\x06Report\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x04\x12\x32\n\x06status\x18\x04 \x01(\x0e\x32\".steering_service.v1.Report.Status\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x17\n\x0f\x61\x63tive_revision\x18\x07 \x01(\x04\x12\x10\n\x08identity\x18\x08 \x01(\t\x12\x31\n\ttelemetry\x18\x0f \x01(\x0b\x32\x1e.steering_service.v1.Telemetry\"A\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x0e\n\nSTATUS_ACK\x10\x01\x12\x0f\n\x0bSTATUS_NACK\x10\x02\"\x0b\n\tTelemetry\"7\n\tHeartbeat\x12\x15\n\rhead_revision\x18\x01 \x01(\x04\x12\x13\n\x0binterval_ms\x18\x02 \x01(\r2b\n\x0cWatchService\x12R\n\x05Watch\x12!.steering_service.v1.WatchRequest\x1a\".steering_service.v1.WatchResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsteering_service/v1/watch.proto\x12\x13steering_service.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb2\x01\n\x0cWatchRequest\x12\x33\n\tsubscribe\x18\x01 \x01(\x0b\x32\x1e.steering_service.v1.SubscribeH\x00\x12-\n\x06report\x18\x02 \x01(\x0b\x32\x1b.steering_service.v1.ReportH\x00\x12\x33\n\ttelemetry\x18\x03 \x01(\x0b\x32\x1e.steering_service.v1.TelemetryH\x00\x42\t\n\x07message\"\xbf\x01\n\rWatchResponse\x12\x35\n\nassignment\x18\x01 \x01(\x0b\x32\x1f.steering_service.v1.AssignmentH\x00\x12\x33\n\theartbeat\x18\x02 \x01(\x0b\x32\x1e.steering_service.v1.HeartbeatH\x00\x12\x37\n\x0brevocations\x18\x03 \x01(\x0b\x32 .steering_service.v1.RevocationsH\x00\x42\t\n\x07message\"\x9f\x01\n\tSubscribe\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x02 \x01(\t\x12\x17\n\x0f\x61\x63tive_revision\x18\x03 \x01(\x04\x12\x10\n\x08observer\x18\x04 \x01(\x08\x12\x1a\n\x12revocations_serial\x18\x05 \x01(\x04\x12\x19\n\x11model_fingerprint\x18\x06 \x01(\t\x12\x0e\n\x06\x63lient\x18\x07 \x01(\t\"\x82\x01\n\nAssignment\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x04\x12\x10\n\x08\x61rtifact\x18\x04 \x01(\t\x12\x10\n\x08strength\x18\x05 \x01(\x01\x12\x0f\n\x07\x65nabled\x18\x06 \x01(\x08\x12\r\n\x05share\x18\x07 \x01(\x01\"\x80\x02\n\x06Report\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x04\x12\x32\n\x06status\x18\x04 \x01(\x0e\x32\".steering_service.v1.Report.Status\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x17\n\x0f\x61\x63tive_revision\x18\x07 \x01(\x04\x12\x10\n\x08identity\x18\x08 \x01(\t\"A\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x0e\n\nSTATUS_ACK\x10\x01\x12\x0f\n\x0bSTATUS_NACK\x10\x02J\x04\x08\x0f\x10\x10\"\x9f\x01\n\tTelemetry\x12)\n\x05since\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\x0b\x64\x65ployments\x18\x03 \x03(\x0b\x32\'.steering_service.v1.DeploymentCounters\"\xb4\x01\n\x12\x44\x65ploymentCounters\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x01(\x04\x12\x18\n\x10steered_requests\x18\x04 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x04\x12\x11\n\tgate_open\x18\x06 \x01(\x04\x12\x11\n\tgate_shut\x18\x07 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x08 \x01(\x04\"/\n\x0bRevocations\x12\x0e\n\x06serial\x18\x01 \x01(\x04\x12\x10\n\x08\x65nvelope\x18\x02 \x01(\x0c\"7\n\tHeartbeat\x12\x15\n\rhead_revision\x18\x01 \x01(\x04\x12\x13\n\x0binterval_ms\x18\x02 \x01(\r2b\n\x0cWatchService\x12R\n\x05Watch\x12!.steering_service.v1.WatchRequest\x1a\".steering_service.v1.WatchResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steering_service.v1.watch_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WATCHREQUEST']._serialized_start=56
-  _globals['_WATCHREQUEST']._serialized_end=181
-  _globals['_WATCHRESPONSE']._serialized_start=184
-  _globals['_WATCHRESPONSE']._serialized_end=318
-  _globals['_SUBSCRIBE']._serialized_start=320
-  _globals['_SUBSCRIBE']._serialized_end=408
-  _globals['_ASSIGNMENT']._serialized_start=411
-  _globals['_ASSIGNMENT']._serialized_end=541
-  _globals['_REPORT']._serialized_start=544
-  _globals['_REPORT']._serialized_end=845
-  _globals['_REPORT_STATUS']._serialized_start=780
-  _globals['_REPORT_STATUS']._serialized_end=845
-  _globals['_TELEMETRY']._serialized_start=847
-  _globals['_TELEMETRY']._serialized_end=858
-  _globals['_HEARTBEAT']._serialized_start=860
-  _globals['_HEARTBEAT']._serialized_end=915
-  _globals['_WATCHSERVICE']._serialized_start=917
-  _globals['_WATCHSERVICE']._serialized_end=1015
+  _globals['_WATCHREQUEST']._serialized_start=90
+  _globals['_WATCHREQUEST']._serialized_end=268
+  _globals['_WATCHRESPONSE']._serialized_start=271
+  _globals['_WATCHRESPONSE']._serialized_end=462
+  _globals['_SUBSCRIBE']._serialized_start=465
+  _globals['_SUBSCRIBE']._serialized_end=624
+  _globals['_ASSIGNMENT']._serialized_start=627
+  _globals['_ASSIGNMENT']._serialized_end=757
+  _globals['_REPORT']._serialized_start=760
+  _globals['_REPORT']._serialized_end=1016
+  _globals['_REPORT_STATUS']._serialized_start=945
+  _globals['_REPORT_STATUS']._serialized_end=1010
+  _globals['_TELEMETRY']._serialized_start=1019
+  _globals['_TELEMETRY']._serialized_end=1178
+  _globals['_DEPLOYMENTCOUNTERS']._serialized_start=1181
+  _globals['_DEPLOYMENTCOUNTERS']._serialized_end=1361
+  _globals['_REVOCATIONS']._serialized_start=1363
+  _globals['_REVOCATIONS']._serialized_end=1410
+  _globals['_HEARTBEAT']._serialized_start=1412
+  _globals['_HEARTBEAT']._serialized_end=1467
+  _globals['_WATCHSERVICE']._serialized_start=1469
+  _globals['_WATCHSERVICE']._serialized_end=1567
 # @@protoc_insertion_point(module_scope)

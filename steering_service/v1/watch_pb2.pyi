@@ -27,10 +27,16 @@ The contract:
     was generated with it. When the channel is off or points at nothing, or the node is outside
     the rollout share, it means that the plain model is in use.
   - Nothing in an Assignment is trusted: the node verifies signature, model and policy itself.
+  - A revocation list is sent before any Assignment that follows it, to every node that has a lower
+    serial. It is verified like an artifact and not answered; a node that runs what is revoked goes
+    over to the plain model at once.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -45,27 +51,31 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class WatchRequest(_message.Message):
-    """The first message of a stream is Subscribe, every other one a Report."""
+    """The first message of a stream is Subscribe, every other one a Report or Telemetry."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SUBSCRIBE_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    TELEMETRY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def subscribe(self) -> Global___Subscribe: ...
     @_builtins.property
     def report(self) -> Global___Report: ...
+    @_builtins.property
+    def telemetry(self) -> Global___Telemetry: ...
     def __init__(
         self,
         *,
         subscribe: Global___Subscribe | None = ...,
         report: Global___Report | None = ...,
+        telemetry: Global___Telemetry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "report", b"report", "subscribe", b"subscribe"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "report", b"report", "subscribe", b"subscribe", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "report", b"report", "subscribe", b"subscribe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "report", b"report", "subscribe", b"subscribe", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["subscribe", "report"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["subscribe", "report", "telemetry"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -77,21 +87,25 @@ class WatchResponse(_message.Message):
 
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def assignment(self) -> Global___Assignment: ...
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
+    @_builtins.property
+    def revocations(self) -> Global___Revocations: ...
     def __init__(
         self,
         *,
         assignment: Global___Assignment | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        revocations: Global___Revocations | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "heartbeat", b"heartbeat", "message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "heartbeat", b"heartbeat", "message", b"message", "revocations", b"revocations"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "heartbeat", b"heartbeat", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "heartbeat", b"heartbeat", "message", b"message", "revocations", b"revocations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["assignment", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["assignment", "heartbeat", "revocations"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -105,6 +119,9 @@ class Subscribe(_message.Message):
     CHANNEL_FIELD_NUMBER: _builtins.int
     ACTIVE_REVISION_FIELD_NUMBER: _builtins.int
     OBSERVER_FIELD_NUMBER: _builtins.int
+    REVOCATIONS_SERIAL_FIELD_NUMBER: _builtins.int
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Stable over restarts; 1 to 128 of A-Z a-z 0-9 . _ - , the first not a dot, such as a
     pod's name.
@@ -116,6 +133,13 @@ class Subscribe(_message.Message):
     """
     observer: _builtins.bool
     """A person or a tool that looks on. It reports like a node, and is not counted as one."""
+    revocations_serial: _builtins.int
+    """Serial of the revocation list that the node has; 0 for none."""
+    model_fingerprint: _builtins.str
+    """What the node is, for people: its model's fingerprint, and its client with version, such as
+    "steerage-python/0.1.0". At most 200 characters each.
+    """
+    client: _builtins.str
     def __init__(
         self,
         *,
@@ -123,10 +147,13 @@ class Subscribe(_message.Message):
         channel: _builtins.str = ...,
         active_revision: _builtins.int = ...,
         observer: _builtins.bool = ...,
+        revocations_serial: _builtins.int = ...,
+        model_fingerprint: _builtins.str = ...,
+        client: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_revision", b"active_revision", "channel", b"channel", "node_id", b"node_id", "observer", b"observer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_revision", b"active_revision", "channel", b"channel", "client", b"client", "model_fingerprint", b"model_fingerprint", "node_id", b"node_id", "observer", b"observer", "revocations_serial", b"revocations_serial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -202,7 +229,6 @@ class Report(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     ACTIVE_REVISION_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
-    TELEMETRY_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     revision: _builtins.int
     """Revision and nonce of the Assignment that is answered."""
@@ -215,8 +241,6 @@ class Report(_message.Message):
     """What the node runs after this."""
     identity: _builtins.str
     """Hash of artifact, strength and position policy in use: what a prefix cache is keyed with."""
-    @_builtins.property
-    def telemetry(self) -> Global___Telemetry: ...
     def __init__(
         self,
         *,
@@ -228,11 +252,10 @@ class Report(_message.Message):
         reason: _builtins.str = ...,
         active_revision: _builtins.int = ...,
         identity: _builtins.str = ...,
-        telemetry: Global___Telemetry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["telemetry", b"telemetry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_revision", b"active_revision", "channel", b"channel", "identity", b"identity", "kind", b"kind", "nonce", b"nonce", "reason", b"reason", "revision", b"revision", "status", b"status", "telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_revision", b"active_revision", "channel", b"channel", "identity", b"identity", "kind", b"kind", "nonce", b"nonce", "reason", b"reason", "revision", b"revision", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -240,20 +263,105 @@ Global___Report: _TypeAlias = Report  # noqa: Y015
 
 @_typing.final
 class Telemetry(_message.Message):
-    """Reserved for counters of the node; never prompts."""
+    """Counters of a node since its last Telemetry; never prompts, never text. Sent now and then (every
+    30 s or so), lost when a stream breaks, and added up by the service for its metrics.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SINCE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    DEPLOYMENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def deployments(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeploymentCounters]:
+        """One for each deployment that was in use meanwhile. At most 16."""
+
     def __init__(
         self,
+        *,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        deployments: _abc.Iterable[Global___DeploymentCounters] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since", "until", b"until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments", "since", b"since", "until", b"until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Telemetry: _TypeAlias = Telemetry  # noqa: Y015
+
+@_typing.final
+class DeploymentCounters(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    STEERED_REQUESTS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    GATE_OPEN_FIELD_NUMBER: _builtins.int
+    GATE_SHUT_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Which deployment: revision of the channel, and `identity` as in Report."""
+    identity: _builtins.str
+    requests: _builtins.int
+    """Requests that began, and those of them that were steered at all."""
+    steered_requests: _builtins.int
+    generated_tokens: _builtins.int
+    gate_open: _builtins.int
+    """Decisions of a controller: to steer, and not to."""
+    gate_shut: _builtins.int
+    errors: _builtins.int
+    """Requests that failed because of the steering."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        identity: _builtins.str = ...,
+        requests: _builtins.int = ...,
+        steered_requests: _builtins.int = ...,
+        generated_tokens: _builtins.int = ...,
+        gate_open: _builtins.int = ...,
+        gate_shut: _builtins.int = ...,
+        errors: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "gate_open", b"gate_open", "gate_shut", b"gate_shut", "generated_tokens", b"generated_tokens", "identity", b"identity", "requests", b"requests", "revision", b"revision", "steered_requests", b"steered_requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeploymentCounters: _TypeAlias = DeploymentCounters  # noqa: Y015
+
+@_typing.final
+class Revocations(_message.Message):
+    """A revocation list; see RevokeRequest in artifact.proto."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERIAL_FIELD_NUMBER: _builtins.int
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    serial: _builtins.int
+    envelope: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        serial: _builtins.int = ...,
+        envelope: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "serial", b"serial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Revocations: _TypeAlias = Revocations  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):

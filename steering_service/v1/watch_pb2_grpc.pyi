@@ -27,6 +27,9 @@ The contract:
     was generated with it. When the channel is off or points at nothing, or the node is outside
     the rollout share, it means that the plain model is in use.
   - Nothing in an Assignment is trusted: the node verifies signature, model and policy itself.
+  - A revocation list is sent before any Assignment that follows it, to every node that has a lower
+    serial. It is verified like an artifact and not answered; a node that runs what is revoked goes
+    over to the plain model at once.
 """
 
 from collections import abc as _abc
