@@ -300,18 +300,31 @@ class ActivationCache:
         return self._reader.layer(self.layout(stream), layer, shard)
 
     def scan(
-        self, stream: str, layers: Iterable[int] | None = None, shards: Iterable[int] | None = None
+        self,
+        stream: str,
+        layers: Iterable[int] | None = None,
+        shards: Iterable[int] | None = None,
+        *,
+        reuse: bool = False,
     ) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
         """Yield (shard, layer, [rows, W]) for the given layers of the given shards, or of all; see
         `read_layer`.
 
         Shards come in the order given, and a shard's layers in the order given. A few reads run
         ahead.
+
+        Args:
+            stream: Name of the stream.
+            layers: Which layers.
+            shards: Which shards.
+            reuse: An array may be that of the step before, with other values: keep none of them,
+                and no view, when asking for the next. Fresh memory costs about as much as the read
+                of a file that the system holds in memory.
         """
         layout = self.layout(stream)
         wanted_layers = list(layout.layers if layers is None else layers)
         wanted_shards = list(range(self.num_shards) if shards is None else shards)
-        return self._reader.scan(layout, wanted_layers, wanted_shards)
+        return self._reader.scan(layout, wanted_layers, wanted_shards, reuse=reuse)
 
     def read_rows(self, stream: str, layer: int, rows: Sequence[int]) -> npt.NDArray[Any]:
         """Chosen rows of one layer, [len(rows), W], in the order given; fetches only their chunks.

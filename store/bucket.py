@@ -60,6 +60,16 @@ class Bucket:
             raise self._out_of_range(key, ranges, self.size(key))
         return data
 
+    def read_into(self, key: str, start: int, parts: Sequence[memoryview]) -> None:
+        length = sum(map(len, parts))
+        found = memoryview(self.get_ranges(key, [(start, length)])[0])
+        for part in parts:
+            part[:] = found[: len(part)]
+            found = found[len(part) :]
+
+    def prefetch(self, key: str, start: int, length: int) -> None:
+        pass  # a bucket has nowhere to read to
+
     def get_tail(self, key: str, length: int) -> bytes:
         with self._mapped("reading", key):
             try:

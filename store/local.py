@@ -29,6 +29,7 @@ _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _WRONG_SORT = frozenset({errno.ENOTDIR, errno.EISDIR})
 _WRITE_BYTES = 1 << 30  # Linux writes at most 2 GiB - 4 KiB a call
+_MOST_PARTS = 1024  # that Linux fills a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,18 @@ class LocalDirectory:
         path = self.folder / key
         with _mapped(f"reading {path}"), path.open("rb", buffering=0) as file:
             return [_read_exactly(file.fileno(), start, length, path) for start, length in ranges]
+
+    def read_into(self, key: str, start: int, parts: Sequence[memoryview]) -> None:
+        path = self.folder / key
+        with _mapped(f"reading {path}"), path.open("rb", buffering=0) as file:
+            _fill(file.fileno(), start, parts, path)
+
+    def prefetch(self, key: str, start: int, length: int) -> None:
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
+        path = self.folder / key
+        with _mapped(f"reading {path}"), path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def get_tail(self, key: str, length: int) -> bytes:
         path = self.folder / key
@@ -263,9 +276,28 @@ def _read_exactly(descriptor: int, start: int, length: int, path: Path) -> bytes
     while missing:  # a read stops at 2 GiB, at a signal, or at the end
         piece = os.pread(descriptor, missing, start + length - missing)
         if not piece:
-            size = os.fstat(descriptor).st_size
-            message = f"reading {path}: bytes {start} to {start + length} wanted, it has {size}"
-            raise InvalidInput(message, kind="out_of_range")
+            raise _out_of_range(descriptor, start, length, path)
         pieces.append(piece)
         missing -= len(piece)
     return b"".join(pieces)
+
+
+def _fill(descriptor: int, start: int, parts: Sequence[memoryview], path: Path) -> None:
+    missing, first, position = list(parts), 0, start
+    while first < len(missing):
+        num_read = os.preadv(descriptor, missing[first : first + _MOST_PARTS], position)
+        if not num_read:
+            raise _out_of_range(descriptor, start, _size(parts), path)
+        position += num_read
+        # A read stops at 2 GiB, at a signal, or at the end.
+        while first < len(missing) and num_read >= len(missing[first]):
+            num_read -= len(missing[first])
+            first += 1
+        if num_read:
+            missing[first] = missing[first][num_read:]
+
+
+def _out_of_range(descriptor: int, start: int, length: int, path: Path) -> InvalidInput:
+    size = os.fstat(descriptor).st_size
+    message = f"reading {path}: bytes {start} to {start + length} wanted, it has {size}"
+    return InvalidInput(message, kind="out_of_range")

@@ -49,6 +49,8 @@ class Backend(Protocol):
     def replace(self, key: str, parts: Sequence[Buffer]) -> None: ...
     def get(self, key: str) -> bytes: ...
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]: ...
+    def read_into(self, key: str, start: int, parts: Sequence[memoryview]) -> None: ...
+    def prefetch(self, key: str, start: int, length: int) -> None: ...
     def get_tail(self, key: str, length: int) -> bytes: ...
     def size(self, key: str) -> int: ...
     def list(self, prefix: str, after: str) -> Iterator[ObjectInfo]: ...
@@ -247,6 +249,37 @@ class Location:
         wanted = [(start, length) for start, length in ranges if length]
         found = iter(self._backend.get_ranges(self._key(key), wanted) if wanted else ())
         return [next(found) if length else b"" for _, length in ranges]
+
+    def read_into(self, key: str, start: int, parts: Sequence[Buffer]) -> None:
+        """Fill memory with the bytes of an object from `start` on.
+
+        Args:
+            key: The object.
+            start: Its first byte that is wanted.
+            parts: Writable contiguous buffers, filled one after the other: from a disk without a
+                copy. What they hold after an error is not defined.
+
+        Raises:
+            NotFound: no such object.
+            InvalidInput: kind "out_of_range", the object is shorter.
+        """
+        views = [view for part in parts if (view := memoryview(part).cast("B"))]
+        if start < 0:
+            raise InvalidInput(
+                f"reading {self.url}/{key}: negative start {start}", kind="out_of_range"
+            )
+        if views:
+            self._backend.read_into(self._key(key), start, views)
+
+    def prefetch(self, key: str, start: int, length: int) -> None:
+        """Have a disk begin to read bytes [start, start + length) into the system's page cache, and
+        do not wait for them. Buckets, and systems that cannot, do nothing; nor do bytes past the
+        end matter.
+
+        Raises:
+            NotFound: no such object, on a disk.
+        """
+        self._backend.prefetch(self._key(key), start, length)
 
     def get_tail(self, key: str, length: int) -> bytes:
         """The last `length` bytes of an object, or all of it if it is shorter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from store.commits import CommitLog
-from store.errors import REPAIR, Corrupt, InvalidInput, NotFound
+from store.errors import REPAIR, Corrupt, InvalidInput, NotFound, StoreError
 from store.layout import StreamLayout
 from store.shard import (
     Index,
+    check_layer,
     chunk_range,
     decode_chunks,
-    decode_layer,
+    layer_parts,
     layer_range,
     read_index,
     stored_dtype,
@@ -25,8 +27,8 @@ from store.shard import (
 NUM_READERS = 8
 """Threads that read ahead from a bucket, where one request is slow and many are not."""
 _READS_AHEAD = 2
-"""From a local disk, with one thread: two workers of one thread each read what a disk gives. More
-threads cost a third more processor time, as each has fresh memory to be mapped.
+"""From a local disk, by the system: a thread of ours that reads ahead takes turns with the one that
+counts, and hands it values through the memory of another core.
 """
 _MAX_INDEXES = 4096  # of about 5 kB each
 
@@ -47,13 +49,29 @@ class ShardReader:
         self._location = commits.location
         self._indexes: dict[tuple[str, int], Index] = {}
 
-    def layer(self, layout: StreamLayout, layer: int, shard: int) -> npt.NDArray[Any]:
-        """One layer of one shard, [rows, W]."""
+    def layer(
+        self,
+        layout: StreamLayout,
+        layer: int,
+        shard: int,
+        *,
+        memory_RW: npt.NDArray[Any] | None = None,
+    ) -> npt.NDArray[Any]:
+        """One layer of one shard, [rows, W]; in `memory_RW`, as large as that of a full shard, if
+        it is given.
+        """
         position = layout.layer_position(layer)
-        index = self._index(layout, shard)
-        stored = self._ranges(layout, shard, [layer_range(index, layout, position)])[0]
-        where = self._where(layout, shard)
-        return decode_layer(stored, layout, shard, where=where, layer=layer)
+        start, _ = layer_range(self._index(layout, shard), layout, position)
+        present = layout.present_chunks(shard)
+        values_RW = self._empty_layer(layout, shard) if memory_RW is None else memory_RW
+        values_RW = values_RW[: present * layout.rows_per_chunk]
+        checksums_P4 = np.empty((present, 4), np.uint8)
+        with self._damage_named(layout, shard):
+            self._location.read_into(
+                layout.shard_key(shard), start, layer_parts(values_RW, checksums_P4)
+            )
+        check_layer(values_RW, checksums_P4, where=self._where(layout, shard), layer=layer)
+        return values_RW[: len(layout.shard_rows(shard))]
 
     def rows(self, layout: StreamLayout, layer: int, rows: Sequence[int]) -> npt.NDArray[Any]:
         """Chosen rows of one layer, [len(rows), W], in the order given; fetches only their chunks.
@@ -81,28 +99,62 @@ class ShardReader:
         return values_RW
 
     def scan(
-        self, layout: StreamLayout, layers: Sequence[int], shards: Sequence[int]
+        self,
+        layout: StreamLayout,
+        layers: Sequence[int],
+        shards: Sequence[int],
+        *,
+        reuse: bool = False,
     ) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
-        """Yield (shard, layer, [rows, W]), layers within shards, a few reads ahead."""
-        is_local = self._location.local_path() is not None
-        num_ahead = _READS_AHEAD if is_local else NUM_READERS
+        """Yield (shard, layer, [rows, W]), layers within shards, a few reads ahead; see
+        `ActivationCache.scan`.
+        """
         pairs = [(shard, layer) for shard in shards for layer in layers]
-        with ThreadPoolExecutor(1 if is_local else NUM_READERS) as executor:
+        if self._location.local_path() is None:
+            return self._scan_bucket(layout, pairs)
+        return self._scan_disk(layout, pairs, reuse)
+
+    def _scan_disk(
+        self, layout: StreamLayout, pairs: Sequence[tuple[int, int]], reuse: bool
+    ) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+        memory_RW = self._empty_layer(layout, 0) if reuse else None
+        for pair in pairs[:_READS_AHEAD]:
+            self._prefetch(layout, *pair)
+        for number, (shard, layer) in enumerate(pairs):
+            if number + _READS_AHEAD < len(pairs):
+                self._prefetch(layout, *pairs[number + _READS_AHEAD])
+            yield shard, layer, self.layer(layout, layer, shard, memory_RW=memory_RW)
+
+    def _scan_bucket(
+        self, layout: StreamLayout, pairs: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
+        with ThreadPoolExecutor(NUM_READERS) as executor:
             ahead = [
                 executor.submit(self.layer, layout, layer, shard)
-                for shard, layer in pairs[:num_ahead]
+                for shard, layer in pairs[:NUM_READERS]
             ]
             try:
                 for number, (shard, layer) in enumerate(pairs):
                     values_RW = ahead.pop(0).result()
-                    if number + num_ahead < len(pairs):
-                        next_shard, next_layer = pairs[number + num_ahead]
+                    if number + NUM_READERS < len(pairs):
+                        next_shard, next_layer = pairs[number + NUM_READERS]
                         ahead.append(executor.submit(self.layer, layout, next_layer, next_shard))
                     yield shard, layer, values_RW
                     # Its memory is the next layer's.
                     del values_RW
             finally:
                 executor.shutdown(wait=True, cancel_futures=True)
+
+    def _prefetch(self, layout: StreamLayout, shard: int, layer: int) -> None:
+        # What is wrong with a shard is said when its turn comes.
+        with contextlib.suppress(StoreError):
+            found = layer_range(self._index(layout, shard), layout, layout.layer_position(layer))
+            self._location.prefetch(layout.shard_key(shard), *found)
+
+    def _empty_layer(self, layout: StreamLayout, shard: int) -> npt.NDArray[Any]:
+        """Memory for a layer of a shard, [P * rows_per_chunk, W]: its last chunk whole."""
+        num_rows = layout.present_chunks(shard) * layout.rows_per_chunk
+        return np.empty((num_rows, layout.width), stored_dtype(layout))
 
     def _index(self, layout: StreamLayout, shard: int) -> Index:
         index = self._indexes.get((layout.stream, shard))
@@ -122,8 +174,13 @@ class ShardReader:
     def _ranges(
         self, layout: StreamLayout, shard: int, ranges: list[tuple[int, int]]
     ) -> list[bytes]:
-        try:
+        with self._damage_named(layout, shard):
             return self._location.get_ranges(layout.shard_key(shard), ranges)
+
+    @contextlib.contextmanager
+    def _damage_named(self, layout: StreamLayout, shard: int) -> Iterator[None]:
+        try:
+            yield
         except NotFound as error:
             raise _lost(self._where(layout, shard)) from error
         except InvalidInput as error:

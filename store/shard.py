@@ -177,6 +177,31 @@ def decode_chunks(
     return values_RW
 
 
+def layer_parts(
+    values_RW: npt.NDArray[Any], checksums_P4: npt.NDArray[np.uint8]
+) -> list[memoryview]:
+    """The memory into which a `layer_range` is to be read, part by part: chunks without what lies
+    between them, and that elsewhere. So the values need no copy.
+
+    Args:
+        values_RW: Contiguous [P * rows_per_chunk, W].
+        checksums_P4: Contiguous [P, 4].
+    """
+    bytes_PB = values_RW.view(np.uint8).reshape(len(checksums_P4), -1)
+    return [part.data for pair in zip(bytes_PB, checksums_P4, strict=True) for part in pair]
+
+
+def check_layer(
+    values_RW: npt.NDArray[Any], checksums_P4: npt.NDArray[np.uint8], *, where: str, layer: int
+) -> None:
+    """Compare the chunks of a layer with their checksums; arguments and errors as for
+    `layer_parts` and `decode_chunks`.
+    """
+    bytes_PB = values_RW.view(np.uint8).reshape(len(checksums_P4), -1)
+    for number, (chunk_B, checksum_4) in enumerate(zip(bytes_PB, checksums_P4, strict=True)):
+        _check_chunk(chunk_B, checksum_4, where, layer, number)
+
+
 def check_chunks(
     stored: bytes, layout: StreamLayout, shard: int, *, where: str, first_chunk: int
 ) -> None:

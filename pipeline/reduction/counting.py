@@ -221,7 +221,7 @@ def _count_part(
     groups = {layer: GroupSums(num_groups, (layout.width,)) for layer in layers}
     pairs = {layer: GroupSums(num_pair_groups, (layout.width,)) for layer in layers}
     first_row = layout.shard_rows(shards[0]).start
-    for shard, layer, values_RW in cache.scan(stream, layers, shards):
+    for shard, layer, values_RW in cache.scan(stream, layers, shards, reuse=True):
         rows = layout.shard_rows(shard)
         here = slice(rows.start - first_row, rows.stop - first_row)
         groups[layer].add_rows(values_RW, counting.counts_GA[:, here])

@@ -98,6 +98,49 @@ def test_reads(root):
     assert list(cache.scan("z", shards=[])) == []
 
 
+def test_a_scan_may_reuse_its_memory(root):
+    cache = fill(root)
+    for stream, layout in (("resid_post", A), ("z", B)):
+        scan = cache.scan(stream, shards=[2, 0, 1], reuse=True)
+        for shard, layer, values in scan:  # the last shard is shorter
+            wanted = part(shard)[stream][:, layout.layers.index(layer)]
+            assert values.tobytes() == wanted.tobytes()
+            values[:] = 0
+    kept = [values for _, _, values in cache.scan("resid_post", [2])]
+    assert np.array_equal(np.concatenate(kept), VALUES["resid_post"][:, 0])
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_scan_gives_what_comes_before_damage(root, reuse):
+    cache = fill(root)
+    offset = A.stored_chunk_nbytes + 3  # second chunk of the first layer
+    cache = damaged(
+        cache, A.shard_key(1), lambda b: b[:offset] + bytes([b[offset] ^ 4]) + b[offset + 1 :]
+    )
+    scan = cache.scan("resid_post", [2], reuse=reuse)
+    assert np.array_equal(next(scan)[2], part(0)["resid_post"][:, 0])
+    with pytest.raises(Corrupt, match="resid_post/c/1/0/0: crc32c of chunk 1 of layer 2 is"):
+        next(scan)
+    for stream, change, kind in (
+        ("resid_post", lambda b: b[:-10], "shard_index"),
+        ("z", lambda b: b[300:], "shard_size"),  # the index is whole
+    ):
+        layout = cache.streams[stream]
+        cache = damaged(cache, layout.shard_key(1), change)
+        scan = cache.scan(stream, reuse=reuse)
+        for layer in layout.layers:
+            assert next(scan)[:2] == (0, layer)
+        with pytest.raises(Corrupt, match=f"{stream}/c/1/0/0") as caught:
+            next(scan)
+        assert caught.value.kind == kind
+    cache.location.delete(B.shard_key(1))
+    scan = ActivationCache.open(root, cache.digest).scan("z", reuse=reuse)
+    assert next(scan)[0] == 0
+    with pytest.raises(Corrupt, match="recorded but gone") as caught:
+        next(scan)
+    assert caught.value.kind == "shard_missing"
+
+
 def test_read_rows(root):
     cache = fill(root)
 

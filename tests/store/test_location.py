@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from store.errors import Conflict, InvalidInput, NotFound, StoreError, Unavailable
-from store.local import map_os_error
+from store.local import LocalDirectory, map_os_error
 from store.location import Location, check_key
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,33 @@ class LocationConformance:
         assert location.get_tail("x", 3) == b"789"
         assert location.get_tail("x", 30) == b"0123456789"
 
+    def test_read_into_fills_one_part_after_the_other(self, location):
+        location.put_new("x", b"0123456789")
+        parts = [bytearray(3), bytearray(0), bytearray(1), np.zeros((2, 2), np.uint8)]
+        location.read_into("x", 1, parts)
+        assert list(map(bytes, parts)) == [b"123", b"", b"4", b"5678"]
+        location.read_into("x", 99, [])
+
+    def test_read_into_takes_any_number_of_parts(self, location):
+        data = random.Random(0).randbytes(9000)
+        location.put_new("x", data)
+        parts = [bytearray(number % 4) for number in range(5000)]
+        location.read_into("x", 700, parts)
+        assert b"".join(parts) == data[700 : 700 + 7500]
+
+    def test_prefetch_changes_nothing(self, location):
+        location.put_new("x", b"0123456789")
+        location.prefetch("x", 2, 3)
+        location.prefetch("x", 8, 99)
+        assert location.get("x") == b"0123456789"
+
+    @pytest.mark.parametrize("start", [8, 10, 99, -1])
+    def test_read_into_outside_is_invalid(self, location, start):
+        location.put_new("x", b"0123456789")
+        with pytest.raises(InvalidInput) as caught:
+            location.read_into("x", start, [bytearray(1), bytearray(2)])
+        assert caught.value.kind == "out_of_range"
+
     @pytest.mark.parametrize("span", [(8, 3), (10, 1), (99, 1), (-1, 2), (0, -1)])
     def test_range_outside_is_invalid(self, location, span):
         location.put_new("x", b"0123456789")
@@ -97,6 +125,7 @@ class LocationConformance:
             lambda: location.get(key),
             lambda: location.size(key),
             lambda: location.get_range(key, 0, 1),
+            lambda: location.read_into(key, 0, [bytearray(1)]),
             lambda: location.get_tail(key, 1),
             lambda: location.delete(key),
         ):
@@ -224,6 +253,15 @@ class TestBucket(LocationConformance):
     @pytest.fixture
     def location(self):
         return Location.open(os.environ["STEERAGE_TEST_BUCKET"]).child(uuid4().hex)
+
+
+@pytest.mark.skipif(not Path("/proc/kallsyms").exists(), reason="needs Linux's /proc")
+def test_reads_that_stop_early_go_on():
+    # This file gives a page or less a call, however much is asked for.
+    expected = Path("/proc/kallsyms").read_bytes()[:50_000]
+    parts = [bytearray(20_000), bytearray(1), bytearray(29_999)]
+    LocalDirectory(Path("/proc")).read_into("kallsyms", 0, list(map(memoryview, parts)))
+    assert b"".join(parts) == expected
 
 
 def test_open_takes_paths_and_urls(tmp_path):

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from store.errors import Corrupt, InvalidInput
 from store.layout import StreamLayout
-from store.shard import build_shard, decode_layer, decode_shard, layer_range, read_index
+from store.shard import (
+    build_shard,
+    check_layer,
+    decode_layer,
+    decode_shard,
+    layer_parts,
+    layer_range,
+    read_index,
+)
 
 
 @st.composite
@@ -49,6 +57,36 @@ def test_round_trip(example):
         stored = data[start : start + length]
         found = decode_layer(stored, layout, shard, where="x", layer=layer)
         assert same_bits(found, np.ascontiguousarray(values[:, position]))
+
+
+@given(shards(), st.data())
+def test_a_layer_read_in_parts(example, data):
+    layout, shard, values = example
+    stored = bytes(build_shard(values, layout))
+    index = read_index(stored[-layout.index_nbytes :], layout, shard, where="x")
+    position = data.draw(st.integers(0, len(layout.layers) - 1))
+    start, length = layer_range(index, layout, position)
+    present = layout.present_chunks(shard)
+    found_RW = np.empty((present * layout.rows_per_chunk, layout.width), values.dtype)
+    checksums_P4 = np.empty((present, 4), np.uint8)
+    parts = layer_parts(found_RW, checksums_P4)
+
+    def read(layer_bytes):
+        for part in parts:
+            part[:] = layer_bytes[: len(part)]
+            layer_bytes = layer_bytes[len(part) :]
+        assert not layer_bytes
+        check_layer(found_RW, checksums_P4, where="x", layer=7)
+
+    whole = stored[start : start + length]
+    read(whole)
+    assert same_bits(found_RW[: len(values)], np.ascontiguousarray(values[:, position]))
+    at = data.draw(st.integers(0, length - 1))
+    changed = whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]
+    chunk = at // layout.stored_chunk_nbytes
+    with pytest.raises(Corrupt, match=f"shard x: crc32c of chunk {chunk} of layer 7 is") as caught:
+        read(changed)
+    assert caught.value.kind == "shard_checksum"
 
 
 @given(shards())
