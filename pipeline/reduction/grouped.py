@@ -95,6 +95,9 @@ class GroupSums:
 
     Sums of squares alone lose what the mean is larger than the spread, squared. Taken from a shift
     amid the rows they lose nothing to speak of: the shift is the mean of the first rows that count.
+    Rows of bfloat16 need none, which spares one step of six: where the mean is much larger than the
+    spread, values are of a few exponents, squares of 8 bits have 16, and so the sums of thousands
+    of them are exact. `moments` then takes one from the other without rounding.
     Values are widened a block at a time, so that every step after the first finds its input in the
     core's own cache: this costs a third of the same steps over whole arrays.
 
@@ -119,7 +122,7 @@ class GroupSums:
             return
         bits_RX = _tensor(values_RX)
         weight_E = torch.from_numpy(counts_GR[group_E, row_E].astype(np.float64))
-        if self._shift_X is None:
+        if bits_RX.dtype != torch.bfloat16 and not self._count_G.any():
             pilots = np.sort(row_E)[:: -(-len(row_E) // _PILOT_ROWS)]
             self._shift_X = _shift(bits_RX[torch.from_numpy(pilots)].double())
         self._count_G += counts_GR.sum(axis=1)
@@ -157,7 +160,7 @@ class GroupSums:
             _check_values(values_RX, len(values_RX))
             sides.append(_tensor(values_RX))
             rows.append(torch.from_numpy(row_N[order_N]))
-        if self._shift_X is None:
+        if not self._count_G.any():
             pilots = slice(None, None, -(-len(group_N) // _PILOT_ROWS))
             first_NX, second_NX = (
                 side_RX[row_N[pilots]].double() for side_RX, row_N in zip(sides, rows, strict=True)
@@ -177,7 +180,12 @@ class GroupSums:
         """Moments of all that was added."""
         count_G1 = torch.from_numpy(self._count_G).clamp(min=1)[:, None]
         mean_GX = self._sum_GX / count_G1
-        m2_GX = torch.addcmul(self._square_GX, mean_GX, self._sum_GX, value=-1)
+        m2_GX = self._square_GX - self._sum_GX * mean_GX
+        # As much again is lost by rounding the product, and the mean.
+        m2_GX -= _lost(self._sum_GX, mean_GX)
+        num_G1 = count_G1.double()
+        rest_GX = (self._sum_GX - num_G1 * mean_GX) - _lost(num_G1, mean_GX)
+        m2_GX -= self._sum_GX * (rest_GX / num_G1)
         # A column that does not vary may come out a rounding below 0.
         m2_GX.clamp_(min=0)
         if self._shift_X is not None:
@@ -195,7 +203,6 @@ class GroupSums:
             sides: [R, X].
             blocks: Which rows of each side.
         """
-        assert self._shift_X is not None
         width = self._sum_GX.shape[1]
         most = max(len(weight_N) for _, _, weight_N in blocks)
         num_columns = min(max(_BLOCK_VALUES // most, 1), width)
@@ -210,7 +217,7 @@ class GroupSums:
             narrow_NX = narrow_B[:num_values].view(shape)
             wide = [wide_B[:num_values].view(shape) for wide_B in wide_SB]
             sides_RX = [side_RX[:, columns] for side_RX in sides]
-            shift_X = self._shift_X[columns]
+            shift_X = None if self._shift_X is None else self._shift_X[columns]
             sums_X = self._sum_GX[:, columns].unbind()
             squares_X = self._square_GX[:, columns].unbind()
             for group, rows, weight_N in blocks:
@@ -223,7 +230,8 @@ class GroupSums:
                 y_NX = wide[0]
                 if len(wide) == 2:
                     y_NX.sub_(wide[1])
-                y_NX.sub_(shift_X)
+                if shift_X is not None:
+                    y_NX.sub_(shift_X)
                 y_XN = y_NX.T
                 sums_X[group].addmv_(y_XN, weight_N)
                 y_NX.mul_(y_NX)
@@ -238,6 +246,19 @@ def _blocks_of_one_group(group_E: NDArray[np.int64]) -> list[tuple[int, slice]]:
         for first, stop in zip([0, *edges.tolist()], [*edges.tolist(), len(group_E)], strict=True)
         for start in range(first, stop, _BLOCK_ROWS)
     ]
+
+
+def _lost(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """What the product of float64s loses by rounding, which is a float64 itself (Dekker 1971)."""
+
+    def halves(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scaled = whole * (2**27 + 1)
+        high = scaled - (scaled - whole)
+        return high, whole - high
+
+    (high, low), (other_high, other_low) = halves(first), halves(second)
+    lost = high * other_high - first * second
+    return lost + high * other_low + low * other_high + low * other_low
 
 
 def _shift(pilots_NX: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InvalidInput
 from pipeline.reduction.counting import Counting, count_shard
-from pipeline.reduction.grouped import GroupedMoments
+from pipeline.reduction.grouped import GroupedMoments, GroupSums
 from pipeline.reduction.moments import Moments
 from store.bfloat16 import from_float32, to_float32
 
@@ -91,6 +93,39 @@ def test_any_order_and_any_split_give_the_same(given_rows, random) -> None:
         at = random.randrange(len(parts))
         parts[at] = parts[at].merge(other)
     assert_equal(parts[0], reference(values_RX, counts_GR), counted(values_RX, counts_GR))
+
+
+@pytest.mark.parametrize("mean", [0, 1, 100, 10_000, -3e30])
+def test_bits_of_many_rows_need_no_shift(mean) -> None:
+    """Their squares add up without rounding; what is taken from them is exact here."""
+    rng = np.random.default_rng(0)
+    bits_RX = from_float32((mean + rng.normal(size=(4096, 3))).astype(np.float32))
+    bits_RX[7, 0] = from_float32(np.array([1e-30], np.float32))[0]
+    # A column that does not vary.
+    bits_RX[:, 2] = bits_RX[0, 2]
+    counts_GR = np.stack([np.ones(4096, int), rng.integers(0, 8, 4096)])
+    sums = GroupSums(2, (3,))
+    for part in np.split(np.arange(4096), 8):
+        sums.add_rows(bits_RX[part], counts_GR[:, part])
+    found = sums.moments()
+    exact_RX = np.vectorize(Fraction, otypes=[object])(to_float32(bits_RX).astype(np.float64))
+    for group, counts_R in enumerate(counts_GR):
+        count, sums_X = int(counts_R.sum()), counts_R @ exact_RX
+        m2_X = counts_R @ np.square(exact_RX) - sums_X * sums_X / count
+        np.testing.assert_allclose(found.mean[group], (sums_X / count).astype(float), rtol=1e-14)
+        np.testing.assert_allclose(found.m2[group], m2_X.astype(float), rtol=1e-12)
+        assert found.m2[group, 2] == 0
+
+
+@pytest.mark.parametrize("bits_first", [False, True])
+def test_bits_and_floats_may_be_added_together(bits_first) -> None:
+    values_RX = np.random.default_rng(0).normal(3, 1, (40, 5)).astype(np.float32)
+    values_RX = to_float32(from_float32(values_RX))
+    sums, ones_1R = GroupSums(1, (5,)), np.ones((1, 40), int)
+    for part, as_bits in ((slice(20), bits_first), (slice(20, 40), not bits_first)):
+        part_RX = from_float32(values_RX[part]) if as_bits else values_RX[part]
+        sums.add_rows(part_RX, ones_1R[:, part])
+    assert_equal(sums.moments(), reference(values_RX, ones_1R), values_RX)
 
 
 @given(rows_and_counts())
