@@ -150,8 +150,8 @@ def count(
     instead, such rows would fill every worker's memory where the classes of a corpus lie apart,
     which they do if pairs differ in their first words.
 
-    In memory a task has Moments (8 MiB, or those of a layer), a few layers of a shard that are read
-    ahead, and the partners of some hundred rows.
+    In memory a task has Moments (8 MiB, or those of a layer), a layer of a shard, from a bucket a
+    few more that are read ahead, and the partners of some hundred rows.
 
     Args:
         cache: The cache.
