@@ -13,9 +13,17 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict, Unpack
 
-from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
+from pydantic import (
+    AfterValidator,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from store.digest import sha256_hex
 from store.errors import Conflict, Corrupt, InvalidInput, NotFound
@@ -25,6 +33,7 @@ from store.records import Digest, Record, parse_record
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62})")
 _MAX_REVISION = 99_999_999  # eight digits, so that key order is revision order
 _ENTRY = re.compile(r"([0-9]{8})\.json")
+_LATER = ("approver", "restores")  # fields that entries have had since there was a need for them
 
 
 def _check_time(text: str) -> str:
@@ -48,6 +57,8 @@ class ChannelEntry(Record):
         time: When, RFC 3339 in UTC.
         reason: Why.
         previous: sha256 of the bytes of the entry before, "" for the first.
+        approver: Who approved it, another than `actor`; None where one person was enough.
+        restores: The earlier revision whose state this one has again; None: not a rollback.
     """
 
     schema_version: Literal[1] = 1
@@ -61,6 +72,39 @@ class ChannelEntry(Record):
     time: Annotated[str, AfterValidator(_check_time)]
     reason: str
     previous: str = Field(pattern=r"^([0-9a-f]{64})?$")
+    approver: str | None = Field(default=None, min_length=1)
+    restores: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_later(self) -> Self:
+        if self.approver == self.actor:
+            raise ValueError(f"{self.actor!r} cannot approve a change of its own")
+        if self.restores is not None and self.restores >= self.revision:
+            raise ValueError(f"revision {self.revision} cannot restore {self.restores}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Without what is None, so that entries from before there were these keep their bytes, also
+        # inside of other records.
+        fields: dict[str, Any] = handler(self)
+        return {name: v for name, v in fields.items() if name not in _LATER or v is not None}
+
+
+class Change(TypedDict):
+    """What a caller says about an entry; for the fields see `ChannelEntry`. Without a time, it is
+    now.
+    """
+
+    artifact: str | None
+    strength: float
+    enabled: bool
+    share: float
+    actor: str
+    reason: str
+    time: NotRequired[str | None]
+    approver: NotRequired[str | None]
+    restores: NotRequired[int | None]
 
 
 class ChannelLog:
@@ -77,17 +121,7 @@ class ChannelLog:
         ] = {}  # only a hint where to start looking: heads never move back
 
     def append(
-        self,
-        channel: str,
-        *,
-        expected_revision: int,
-        artifact: str | None,
-        strength: float,
-        enabled: bool,
-        share: float,
-        actor: str,
-        reason: str,
-        time: str | None = None,
+        self, channel: str, *, expected_revision: int, **change: Unpack[Change]
     ) -> ChannelEntry:
         """Change a channel if nobody else has since `expected_revision` (0 makes it).
 
@@ -98,48 +132,20 @@ class ChannelLog:
             Conflict: kind "revision_taken", the head is not `expected_revision`; read it, decide
                 again.
         """
-        previous = b""
-        if expected_revision:
-            try:
-                previous = self._read(channel, expected_revision)
-            except NotFound as error:
-                message = (
-                    f"channel {channel!r}: expected to be at revision {expected_revision}, which "
-                    "does not exist "
-                    "yet; read head() and decide again"
-                )
-                raise Conflict(message, kind="revision_taken") from error
+        entry = self._build(channel, expected_revision, change)
         try:
-            entry = ChannelEntry(
-                channel=_check_name(channel),
-                revision=expected_revision + 1,
-                artifact=artifact,
-                strength=strength,
-                enabled=enabled,
-                share=share,
-                actor=actor,
-                time=time
-                or datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
-                reason=reason,
-                previous=sha256_hex(previous) if previous else "",
-            )
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(map(str, first["loc"]))
-            message = f"channel {channel!r}: {field}: {first['msg']}, got {first['input']!r}"
-            raise InvalidInput(message, kind="channel_entry") from error
-        data = entry.to_bytes()
-        try:
-            self.location.put_same(_key(channel, entry.revision), data)
+            self.location.put_same(_key(channel, entry.revision), entry.to_bytes())
         except Conflict as error:
-            winner = self.entry(channel, entry.revision)
-            message = (
-                f"channel {channel!r}: expected to be at revision {expected_revision}, but "
-                f"{winner.actor!r} made "
-                f"revision {winner.revision} at {winner.time} ({winner.reason!r}); read head() "
-                "and decide again"
-            )
-            raise Conflict(message, kind="revision_taken") from error
+            raise self._taken(channel, entry.revision) from error
+        return entry
+
+    def draft(
+        self, channel: str, *, expected_revision: int, **change: Unpack[Change]
+    ) -> ChannelEntry:
+        """What `append` would append now, which it does not. Errors as there."""
+        entry = self._build(channel, expected_revision, change)
+        if self.location.exists(_key(channel, entry.revision)):
+            raise self._taken(channel, entry.revision)
         return entry
 
     def head(self, channel: str) -> ChannelEntry:
@@ -148,14 +154,24 @@ class ChannelLog:
         Raises:
             NotFound: kind "no_channel".
         """
-        revision = self._last_seen.get(_check_name(channel)) or self._last_listed(channel)
+        revision = self._last_seen.get(check_channel(channel)) or self._last_listed(channel)
         entry = self.entry(channel, revision)
-        while True:
-            try:
-                entry = self.entry(channel, entry.revision + 1)
-            except NotFound:
-                self._last_seen[channel] = entry.revision
-                return entry
+        return self._follow(entry)
+
+    def newer(self, channel: str, revision: int) -> ChannelEntry | None:
+        """The newest entry if it is above `revision` (0: any), else None, also without a channel.
+
+        For whoever asks again and again: while nothing has changed, it costs one small read.
+
+        Raises:
+            InvalidInput: kind "channel_name" or "channel_entry", the revision is out of range.
+            Corrupt: kind "channel_chain", an entry is unreadable or lies under a wrong name.
+        """
+        try:
+            entry = self.entry(channel, revision + 1)
+        except NotFound:
+            return None
+        return self._follow(entry) if revision else self.head(channel)  # which may be far above
 
     def entry(self, channel: str, revision: int) -> ChannelEntry:
         """One entry.
@@ -217,6 +233,52 @@ class ChannelLog:
         """
         self.history(channel)
 
+    def _build(self, channel: str, expected_revision: int, change: Change) -> ChannelEntry:
+        previous = b""
+        if expected_revision:
+            try:
+                previous = self._read(channel, expected_revision)
+            except NotFound as error:
+                message = (
+                    f"channel {channel!r}: expected to be at revision {expected_revision}, which "
+                    "does not exist "
+                    "yet; read head() and decide again"
+                )
+                raise Conflict(message, kind="revision_taken") from error
+        try:
+            fields: dict[str, Any] = {**change, "time": change.get("time") or _now()}
+            return ChannelEntry(
+                channel=check_channel(channel),
+                revision=expected_revision + 1,
+                previous=sha256_hex(previous) if previous else "",
+                **fields,
+            )
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "the whole"
+            given = f", got {first['input']!r}" if first["loc"] else ""
+            message = f"channel {channel!r}: {field}: {first['msg']}{given}"
+            raise InvalidInput(message, kind="channel_entry") from error
+
+    def _taken(self, channel: str, revision: int) -> Conflict:
+        winner = self.entry(channel, revision)
+        message = (
+            f"channel {channel!r}: expected to be at revision {revision - 1}, but "
+            f"{winner.actor!r} made "
+            f"revision {winner.revision} at {winner.time} ({winner.reason!r}); read head() "
+            "and decide again"
+        )
+        return Conflict(message, kind="revision_taken")
+
+    def _follow(self, entry: ChannelEntry) -> ChannelEntry:
+        """The newest entry, from one that is known on."""
+        while True:
+            try:
+                entry = self.entry(entry.channel, entry.revision + 1)
+            except NotFound:
+                self._last_seen[entry.channel] = entry.revision
+                return entry
+
     def _last_listed(self, channel: str) -> int:
         last = 0
         for revision in self._revisions(channel):
@@ -230,7 +292,7 @@ class ChannelLog:
 
     def _revisions(self, channel: str, *, after: int = 0) -> Iterator[int]:
         """Revisions that lie in the store, ascending; other files in the folder do not count."""
-        prefix = f"channels/{_check_name(channel)}"
+        prefix = f"channels/{check_channel(channel)}"
         for info in self.location.list(prefix, after=_key(channel, after)):
             if match := _ENTRY.fullmatch(info.key.removeprefix(f"{prefix}/")):
                 yield int(match[1])
@@ -263,11 +325,20 @@ class ChannelLog:
         return entry
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
 def _is_name(channel: str) -> bool:
     return _NAME.fullmatch(channel) is not None and not channel.endswith(".")
 
 
-def _check_name(channel: str) -> str:
+def check_channel(channel: str) -> str:
+    """Return `channel` unchanged if it is a channel's name.
+
+    Raises:
+        InvalidInput: kind "channel_name", it is not.
+    """
     if not isinstance(channel, str) or not _is_name(channel):
         message = (
             f"bad channel name {channel!r}: expected 1 to 63 of a-z, 0-9, dot, underscore and "
@@ -282,7 +353,7 @@ def _key(channel: str, revision: int) -> str:
     if not 0 <= revision <= _MAX_REVISION:
         message = f"channel {channel!r}: revisions are 0 to {_MAX_REVISION}, got {revision}"
         raise InvalidInput(message, kind="channel_entry")
-    return f"channels/{_check_name(channel)}/{revision:08d}.json"
+    return f"channels/{check_channel(channel)}/{revision:08d}.json"
 
 
 def _gap(channel: str, revision: int, later: int) -> Corrupt:
