@@ -27,6 +27,8 @@ Kind = Literal[
     "no_artifact",
     "no_channel",
     "no_revision",
+    "no_proposal",
+    "no_revocations",
     # Conflict
     "exists",
     "differs",
@@ -34,6 +36,9 @@ Kind = Literal[
     "cache_differs",
     "signature_differs",
     "revision_taken",
+    "upload_incomplete",
+    "upload_differs",
+    "serial_taken",
     "incomplete",
     # InvalidInput
     "url",
@@ -68,6 +73,7 @@ Kind = Literal[
     "artifact_incomplete",
     "channel_chain",
     "channel_gap",
+    "proposal",
     # Unavailable
     "no_space",
     "no_hard_links",
