@@ -10,16 +10,45 @@ store that is compromised could not be trusted with the answer.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import json
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from store.digest import canonical_json, check_digest, sha256_hex
 from store.errors import Conflict, Corrupt, InvalidInput, NotFound
 from store.location import Location
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+READ_BYTES: Final = 8 << 20
+"""Of a payload at a time: what lies in memory twice while it is read."""
+
 _MAX_PAGE = 1000
 _MANIFEST = re.compile(r"artifacts/([0-9a-f]{64})/manifest\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """All of an artifact but its payload.
+
+    Attributes:
+        digest: sha256 of the manifest.
+        manifest: Its bytes, verified.
+        signature: Its bytes, unverified.
+        payload_sha256: From the manifest.
+        payload_size: In bytes, from the manifest.
+    """
+
+    digest: str
+    manifest: bytes
+    signature: bytes
+    payload_sha256: str
+    payload_size: int
 
 
 class Registry:
@@ -32,8 +61,9 @@ class Registry:
     def __init__(self, root: Location) -> None:
         self.location = root
 
-    def publish(self, manifest: bytes, payload: bytes, signature: bytes) -> str:
-        """Store an artifact; its digest. May be repeated, also after a crash at any moment.
+    def publish(self, manifest: bytes, payload: Buffer, signature: bytes) -> str:
+        """Store an artifact; its digest. May be repeated, also after a crash at any moment, and
+        while `store.collection` is at work.
 
         Args:
             manifest: Canonical JSON of an object with at least {"payload": {"sha256": HEX, "size":
@@ -48,10 +78,9 @@ class Registry:
             Corrupt: kind "blob_checksum", the payload was stored before and is damaged now.
         """
         sha256, size = _payload_of(manifest, where="manifest")
-        if len(payload) != size:
+        if (length := memoryview(payload).nbytes) != size:
             message = (
-                f"payload: the manifest says {size} bytes, got {len(payload)}; build the manifest "
-                "again"
+                f"payload: the manifest says {size} bytes, got {length}; build the manifest again"
             )
             raise InvalidInput(message, kind="payload")
         if (actual := sha256_hex(payload)) != sha256:
@@ -61,10 +90,27 @@ class Registry:
             )
             raise InvalidInput(message, kind="payload")
         digest = sha256_hex(manifest)
-        self._put_blob(sha256, payload)
+        self._put_blob(sha256, payload, size)
         self._put_signature(digest, signature)
-        self.location.put_same(_manifest_key(digest), manifest)
+        self._put_manifest(digest, manifest)
+        # A collection that had found them too old may have been just about to remove these.
+        if not self.location.exists(_signature_key(digest)):
+            self._put_signature(digest, signature)
+        if not self.location.exists(blob_key(sha256)):
+            self._put_blob(sha256, payload, size)
         return digest
+
+    def open(self, digest: str) -> Published:
+        """Manifest, signature, and what the manifest says about the payload; one read of each.
+
+        Raises:
+            NotFound: kind "no_artifact".
+            Corrupt: kind "manifest_digest" or "manifest", the manifest is damaged or none; kind
+                "artifact_incomplete", the signature is lost.
+        """
+        manifest = self.manifest(digest)
+        sha256, size = self._payload_in(digest, manifest)
+        return Published(digest, manifest, self.signature(digest), sha256, size)
 
     def manifest(self, digest: str) -> bytes:
         """The manifest's bytes.
@@ -113,11 +159,8 @@ class Registry:
             NotFound: kind "no_artifact".
             Corrupt: kind "blob_checksum" or "artifact_incomplete", the payload is damaged or lost.
         """
-        sha256, _ = self._payload(digest)
-        try:
-            data = self.location.get(_blob_key(sha256))
-        except NotFound as error:
-            raise self._lost(digest, sha256) from error
+        sha256, size = self._payload(digest)
+        data = self.read_blob(sha256, size, 0, size)
         if (actual := sha256_hex(data)) != sha256:
             raise self._damaged(sha256, f"sha256 {actual}, expected {sha256}")
         return data
@@ -131,17 +174,43 @@ class Registry:
             NotFound: kind "no_artifact".
             Corrupt: the payload is lost, or shorter than the manifest says.
         """
-        sha256, size = self._payload(digest)
+        return self.read_blob(*self._payload(digest), offset, length)
+
+    def read_blob(self, sha256: str, size: int, offset: int, length: int) -> bytes:
+        """Like `read_payload`, for whoever knows what the manifest says: reads nothing but the
+        range, `READ_BYTES` at a time.
+
+        Args:
+            sha256: Of the payload.
+            size: Of the payload, in bytes.
+            offset: Where to begin.
+            length: How many bytes; fewer where the payload ends.
+
+        Raises:
+            InvalidInput: kind "out_of_range", negative, or the offset lies past the end; "digest".
+            Corrupt: kind "artifact_incomplete" or "blob_checksum", the payload is lost, or shorter
+                than `size`.
+        """
         if length < 0 or not 0 <= offset <= size:
-            message = (
-                f"payload of {digest} has {size} bytes; asked for {length} bytes from {offset}"
-            )
+            message = f"payload {sha256} has {size} bytes; asked for {length} bytes from {offset}"
             raise InvalidInput(message, kind="out_of_range")
+        key = blob_key(sha256)
+        stop = min(offset + length, size)
         try:
-            return self.location.get_range(_blob_key(sha256), offset, min(length, size - offset))
+            if stop - offset <= READ_BYTES:
+                return self.location.get_range(key, offset, stop - offset)
+            data = io.BytesIO()  # grows in place, and getvalue makes no copy
+            for start in range(offset, stop, READ_BYTES):
+                data.write(self.location.get_range(key, start, min(READ_BYTES, stop - start)))
+            return data.getvalue()
         except NotFound as error:
-            raise self._lost(digest, sha256) from error
+            message = (
+                f"{self.location.url} has lost the payload {sha256}; publish the artifact again"
+            )
+            raise Corrupt(message, kind="artifact_incomplete") from error
         except InvalidInput as error:
+            if error.kind != "out_of_range":
+                raise
             raise self._damaged(sha256, f"fewer than {size} bytes") from error
 
     def list(self, *, after: str | None = None, limit: int = 100) -> list[str]:
@@ -161,17 +230,51 @@ class Registry:
         return digests
 
     def _payload(self, digest: str) -> tuple[str, int]:
-        return _payload_of(self.manifest(digest), where=f"manifest of {digest}")
+        return self._payload_in(digest, self.manifest(digest))
 
-    def _put_blob(self, sha256: str, payload: bytes) -> None:
+    def _payload_in(self, digest: str, manifest: bytes) -> tuple[str, int]:
+        # Its digest is right, so it is what was published; that it was canonical was checked then,
+        # which costs more than reading it.
         try:
-            self.location.put_same(_blob_key(sha256), payload)
+            return _payload_named(_parse(manifest, where=digest), where=digest)
+        except InvalidInput as error:
+            message = f"{self.location.url}/{_manifest_key(digest)}: {error}; restore it"
+            raise Corrupt(message, kind="manifest") from error
+
+    def _put_blob(self, sha256: str, payload: Buffer, size: int) -> None:
+        key = blob_key(sha256)
+        try:
+            self.location.put_new(key, payload)
         except Conflict as error:
-            raise self._damaged(sha256, "other bytes than that name promises") from error
+            with contextlib.suppress(NotFound):  # just collected
+                if (found := self.location.size(key)) != size:
+                    raise self._damaged(sha256, f"{found} bytes, expected {size}") from error
+                if (actual := self._blob_sha256(key, size)) != sha256:
+                    raise self._damaged(sha256, f"sha256 {actual}") from error
+            # Perhaps left by a publisher that was killed, and old: written again, it is young, and
+            # so no garbage before the manifest is there to keep it.
+            self.location.replace(key, payload)
+
+    def _blob_sha256(self, key: str, size: int) -> str:
+        hasher = hashlib.sha256()
+        for start in range(0, size, READ_BYTES):
+            hasher.update(self.location.get_range(key, start, min(READ_BYTES, size - start)))
+        return hasher.hexdigest()
+
+    def _put_manifest(self, digest: str, manifest: bytes) -> None:
+        key = _manifest_key(digest)
+        with contextlib.suppress(NotFound):  # just collected
+            if self.location.put_same(key, manifest):
+                return
+        self.location.replace(key, manifest)  # young again, as in _put_blob
 
     def _put_signature(self, digest: str, signature: bytes) -> None:
+        key = _signature_key(digest)
         try:
-            self.location.put_same(_signature_key(digest), signature)
+            if self.location.put_same(key, signature):
+                return
+        except NotFound:  # just collected
+            pass
         except Conflict as error:
             if self.location.exists(_manifest_key(digest)):
                 message = (
@@ -179,20 +282,13 @@ class Registry:
                     "to do"
                 )
                 raise Conflict(message, kind="signature_differs") from error
-            # Left by a publisher that was killed; signing again may give other bytes, and nobody
-            # has seen the first.
-            self.location.replace(_signature_key(digest), signature)
-
-    def _lost(self, digest: str, sha256: str) -> Corrupt:
-        message = (
-            f"artifact {digest} in {self.location.url} has lost its payload {sha256}; publish it "
-            "again"
-        )
-        return Corrupt(message, kind="artifact_incomplete")
+        # Left by a publisher that was killed; signing again may give other bytes, and nobody has
+        # seen the first. If they are the same ones, they are young again, as in _put_blob.
+        self.location.replace(key, signature)
 
     def _damaged(self, sha256: str, found: str) -> Corrupt:
         message = (
-            f"{self.location.url}/{_blob_key(sha256)} is damaged: {found}; delete it and publish "
+            f"{self.location.url}/{blob_key(sha256)} is damaged: {found}; delete it and publish "
             "again"
         )
         return Corrupt(message, kind="blob_checksum")
@@ -206,16 +302,18 @@ def _signature_key(digest: str) -> str:
     return f"artifacts/{check_digest(digest)}/signature.json"
 
 
-def _blob_key(sha256: str) -> str:
-    return f"blobs/sha256/{sha256}"
+def blob_key(sha256: str) -> str:
+    """Key of a payload.
+
+    Raises:
+        InvalidInput: kind "digest".
+    """
+    return f"blobs/sha256/{check_digest(sha256)}"
 
 
 def _payload_of(manifest: bytes, *, where: str) -> tuple[str, int]:
     """sha256 and size of the payload that a canonical manifest names."""
-    try:
-        content: Any = json.loads(manifest)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{where} is not JSON: {error}", kind="manifest") from error
+    content = _parse(manifest, where=where)
     try:
         canonical = canonical_json(content)
     except InvalidInput as error:
@@ -226,6 +324,17 @@ def _payload_of(manifest: bytes, *, where: str) -> tuple[str, int]:
             f"{where} is not canonical JSON (RFC 8785); write it with store.digest.canonical_json"
         )
         raise InvalidInput(message, kind="manifest")
+    return _payload_named(content, where=where)
+
+
+def _parse(manifest: bytes, *, where: str) -> Any:
+    try:
+        return json.loads(manifest)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{where} is not JSON: {error}", kind="manifest") from error
+
+
+def _payload_named(content: Any, *, where: str) -> tuple[str, int]:
     payload = content.get("payload") if isinstance(content, dict) else None
     if not isinstance(payload, dict) or not isinstance(payload.get("sha256"), str):
         message = f'{where}: expected an object with "payload": {{"sha256": ..., "size": ...}}'
