@@ -52,12 +52,12 @@ class Bucket:
                 found = obstore.get_ranges(self.store, key, starts=starts, lengths=lengths)
             except exceptions.BaseError as error:
                 # Backends word "past the end" differently, so the size decides what the error was.
-                if (size := self.size(key)) >= max(map(sum, ranges)):
+                if (size := self.info(key).size) >= max(map(sum, ranges)):
                     raise
                 raise self._out_of_range(key, ranges, size) from error
         data = [piece.to_bytes() for piece in found]
         if [len(piece) for piece in data] != lengths:
-            raise self._out_of_range(key, ranges, self.size(key))
+            raise self._out_of_range(key, ranges, self.info(key).size)
         return data
 
     def read_into(self, key: str, start: int, parts: Sequence[memoryview]) -> None:
@@ -79,18 +79,19 @@ class Bucket:
                     .to_bytes()
                 )
             except exceptions.NotSupportedError:  # Azure has no suffix ranges
-                size = self.size(key)
+                size = self.info(key).size
                 length = min(length, size)
                 return self.get_ranges(key, [(size - length, length)])[0]
             except exceptions.GenericError:
                 # S3 refuses a range of an empty object, the last bytes too.
-                if self.size(key):
+                if self.info(key).size:
                     raise
                 return b""
 
-    def size(self, key: str) -> int:
+    def info(self, key: str) -> ObjectInfo:
         with self._mapped("looking up", key):
-            return int(obstore.head(self.store, key)["size"])
+            meta = obstore.head(self.store, key)
+        return ObjectInfo(key, meta["size"], meta["last_modified"])
 
     def list(self, prefix: str, after: str) -> Iterator[ObjectInfo]:
         # obstore lists in key order on every bucket; offset is exclusive and, like paths, counts
@@ -106,14 +107,15 @@ class Bucket:
         return sorted(path.rpartition("/")[2] for path in found["common_prefixes"])
 
     def delete(self, key: str) -> None:
-        self.size(key)  # buckets accept to delete what is not there
+        self.info(key)  # buckets accept to delete what is not there
         with self._mapped("deleting", key):
             obstore.delete(self.store, key)
 
-    def remove_leftovers(self, prefix: str, older_than_s: float) -> int:
-        return (
-            0  # a bucket shows no half-written objects; its lifecycle rules expire aborted uploads
-        )
+    def leftovers(self, prefix: str) -> Iterator[ObjectInfo]:
+        return iter(())
+
+    def remove_leftover(self, key: str) -> bool:
+        return False
 
     def _body(self, parts: Sequence[Buffer]) -> Any:
         # A create-only put is one request, so several parts are joined. A single one goes without

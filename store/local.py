@@ -11,7 +11,6 @@ import errno
 import os
 import secrets
 import stat
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -145,13 +144,13 @@ class LocalDirectory:
             length = min(length, size)
             return _read_exactly(file.fileno(), size - length, length, path)
 
-    def size(self, key: str) -> int:
+    def info(self, key: str) -> ObjectInfo:
         path = self.folder / key
         with _mapped(f"looking up {path}"):
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-            return status.st_size
+            return _info(key, status)
 
     def list(self, prefix: str, after: str) -> Iterator[ObjectInfo]:
         yield from self._walk(prefix, after)
@@ -173,18 +172,24 @@ class LocalDirectory:
             path.unlink()
             _sync_folder(path.parent)
 
-    def remove_leftovers(self, prefix: str, older_than_s: float) -> int:
-        limit = time.time() - older_than_s
-        num_removed = 0
+    def leftovers(self, prefix: str) -> Iterator[ObjectInfo]:
         for folder, _, names in os.walk(self.folder / prefix):
             for name in names:
                 if name.startswith(_LEFTOVER):
                     path = Path(folder, name)
-                    with contextlib.suppress(FileNotFoundError):  # another sweep was faster
-                        if path.stat().st_mtime < limit:
-                            path.unlink()
-                            num_removed += 1
-        return num_removed
+                    with contextlib.suppress(FileNotFoundError):  # its writer was done
+                        yield _info(path.relative_to(self.folder).as_posix(), path.stat())
+
+    def remove_leftover(self, key: str) -> bool:
+        path = self.folder / key
+        if not path.name.startswith(_LEFTOVER):
+            raise InvalidInput(f"removing {path}: it is no leftover of a writer", kind="key")
+        with _mapped(f"deleting {path}"):
+            try:
+                path.unlink()
+            except FileNotFoundError:  # another sweep was faster
+                return False
+        return True
 
     def _walk(self, prefix: str, after: str) -> Iterator[ObjectInfo]:
         path = self.folder / prefix
@@ -209,7 +214,11 @@ class LocalDirectory:
                         status = entry.stat()
                     except FileNotFoundError:
                         continue  # deleted since the scan
-                yield ObjectInfo(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+                yield _info(key, status)
+
+
+def _info(key: str, status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
 
 def _exists(path: Path) -> Conflict:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -52,11 +53,12 @@ class Backend(Protocol):
     def read_into(self, key: str, start: int, parts: Sequence[memoryview]) -> None: ...
     def prefetch(self, key: str, start: int, length: int) -> None: ...
     def get_tail(self, key: str, length: int) -> bytes: ...
-    def size(self, key: str) -> int: ...
+    def info(self, key: str) -> ObjectInfo: ...
     def list(self, prefix: str, after: str) -> Iterator[ObjectInfo]: ...
     def folders(self, prefix: str) -> Sequence[str]: ...
     def delete(self, key: str) -> None: ...
-    def remove_leftovers(self, prefix: str, older_than_s: float) -> int: ...
+    def leftovers(self, prefix: str) -> Iterator[ObjectInfo]: ...
+    def remove_leftover(self, key: str) -> bool: ...
 
 
 def check_key(key: str) -> str:
@@ -291,7 +293,17 @@ class Location:
         Raises:
             NotFound: no such object.
         """
-        return self._backend.size(self._key(key))
+        return self._backend.info(self._key(key)).size
+
+    def info(self, key: str) -> ObjectInfo:
+        """Size and time of last change of an object. Buckets give whole seconds here, and may give
+        parts of them in `list`.
+
+        Raises:
+            NotFound: no such object.
+        """
+        info = self._backend.info(self._key(key))
+        return ObjectInfo(key, info.size, info.modified)
 
     def exists(self, key: str) -> bool:
         """Whether the object exists; a folder is not an object."""
@@ -334,7 +346,22 @@ class Location:
         """Delete the hidden files of writers killed more than `older_than_s` seconds ago; how many
         there were.
         """
-        return self._backend.remove_leftovers(self._prefix, older_than_s)
+        limit = datetime.now(UTC) - timedelta(seconds=older_than_s)
+        return sum(
+            self.remove_leftover(info.key) for info in self.leftovers() if info.modified < limit
+        )
+
+    def leftovers(self) -> Iterator[ObjectInfo]:
+        """The hidden files of killed writers, and of those at work now, in no order. A bucket shows
+        no half-written objects; its lifecycle rules end uploads that were cut off.
+        """
+        skip = len(self._prefix) + 1 if self._prefix else 0
+        for info in self._backend.leftovers(self._prefix):
+            yield ObjectInfo(info.key[skip:], info.size, info.modified)
+
+    def remove_leftover(self, key: str) -> bool:
+        """Delete one that `leftovers` listed; False if it was gone already."""
+        return self._backend.remove_leftover(f"{self._prefix}/{key}" if self._prefix else key)
 
     def local_path(self, key: str = "") -> Path | None:
         """Where an object (or, for "", this folder) lies on the local disk; None in a bucket."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from store.ahead import map_ahead
 from store.creation import COMPLETE
 from store.digest import sha256_hex
 from store.errors import REPAIR, Corrupt, InvalidInput, NotFound, Unavailable
 from store.layout import StreamLayout
 from store.location import Location
-from store.reading import NUM_READERS, describe_shard
+from store.reading import describe_shard
 from store.records import CommitRecord, CompleteMarker, parse_record
 from store.shard import check_chunks, read_index
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from store.activations import ActivationCache
 
 _PIECE_BYTES = 8 << 20
-"""Read at a time; with `NUM_READERS` of them, what checking a cache of any size takes in memory."""
+"""Read at a time; with a few threads, what checking a cache of any size takes in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +59,15 @@ def find_problems(
     shards = [
         (layout, shard) for layout in cache.streams.values() for shard in range(layout.num_shards)
     ]
-    with ThreadPoolExecutor(NUM_READERS) as executor:
-        ahead: deque[Future[Problem | None]] = deque()
-        try:
-            for number, (layout, shard) in enumerate(shards):
-                while len(ahead) < min(2 * NUM_READERS, len(shards) - number):
-                    following = shards[number + len(ahead)]
-                    task = (cache, *following, quarantines, find_quarantine)
-                    ahead.append(executor.submit(_find_problem, *task))
-                problem = ahead.popleft().result()
-                on_checked(layout.shard_nbytes(shard))
-                if problem:
-                    yield problem
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+
+    def find(place: tuple[StreamLayout, int]) -> Problem | None:
+        return _find_problem(cache, *place, quarantines, find_quarantine)
+
+    with closing(map_ahead(find, shards)) as found:
+        for (layout, shard), problem in zip(shards, found, strict=True):
+            on_checked(layout.shard_nbytes(shard))
+            if problem:
+                yield problem
     for check in (cache.index, lambda: _check_marker(cache)):
         try:
             check()
