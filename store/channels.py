@@ -134,7 +134,7 @@ class ChannelLog:
         """
         entry = self._build(channel, expected_revision, change)
         try:
-            self.location.put_same(_key(channel, entry.revision), entry.to_bytes())
+            self.location.put_same(entry_key(channel, entry.revision), entry.to_bytes())
         except Conflict as error:
             raise self._taken(channel, entry.revision) from error
         return entry
@@ -144,7 +144,7 @@ class ChannelLog:
     ) -> ChannelEntry:
         """What `append` would append now, which it does not. Errors as there."""
         entry = self._build(channel, expected_revision, change)
-        if self.location.exists(_key(channel, entry.revision)):
+        if self.location.exists(entry_key(channel, entry.revision)):
             raise self._taken(channel, entry.revision)
         return entry
 
@@ -180,7 +180,36 @@ class ChannelLog:
             NotFound: kind "no_revision".
             Corrupt: kind "channel_chain", it is unreadable or lies under a wrong name.
         """
-        return self._parse(channel, revision, self._read(channel, revision))
+        return self.parse(channel, revision, self.read(channel, revision))
+
+    def read(self, channel: str, revision: int) -> bytes:
+        """An entry's bytes, unchecked.
+
+        Raises:
+            NotFound: kind "no_revision".
+        """
+        try:
+            return self.location.get(entry_key(channel, revision))
+        except NotFound as error:
+            message = f"channel {channel!r} has no revision {revision} in {self.location.url}"
+            raise NotFound(message, kind="no_revision") from error
+
+    def parse(self, channel: str, revision: int, data: bytes) -> ChannelEntry:
+        """The entry in what `read` gave.
+
+        Raises:
+            Corrupt: kind "channel_chain", it is unreadable or lies under a wrong name.
+        """
+        where = f"{self.location.url}/{entry_key(channel, revision)}"
+        entry = parse_record(ChannelEntry, data, where=where, kind="channel_chain")
+        if (entry.channel, entry.revision) != (channel, revision) or entry.to_bytes() != data:
+            message = (
+                f"{where} holds revision {entry.revision} of {entry.channel!r}, or was not "
+                "written by this store; "
+                "restore it"
+            )
+            raise Corrupt(message, kind="channel_chain")
+        return entry
 
     def history(
         self, channel: str, *, after: int = 0, limit: int | None = None
@@ -197,7 +226,7 @@ class ChannelLog:
         """
         if limit is not None and limit < 1:
             raise InvalidInput(f"limit must be 1 or more, got {limit}", kind="out_of_range")
-        revisions = list(islice(self._revisions(channel, after=after), limit))
+        revisions = list(islice(self.revisions(channel, after=after), limit))
         if not revisions:
             self.head(channel)  # without a channel, this says so
             return []
@@ -205,9 +234,9 @@ class ChannelLog:
         entries = []
         for expected, revision in enumerate(revisions, start=after + 1):
             if revision != expected:
-                raise _gap(channel, expected, revision)
-            data = self._read(channel, revision)
-            entry = self._parse(channel, revision, data)
+                raise gap(channel, expected, revision)
+            data = self.read(channel, revision)
+            entry = self.parse(channel, revision, data)
             if entry.previous != previous:
                 message = (
                     f"channel {channel!r}: revision {revision} names "
@@ -222,7 +251,19 @@ class ChannelLog:
 
     def names(self) -> list[str]:
         """Names of the channels, sorted."""
-        return [name for name in self.location.folders("channels") if _is_name(name)]
+        return [name for name in self.location.folders("channels") if is_channel(name)]
+
+    def revisions(self, channel: str, *, after: int = 0) -> Iterator[int]:
+        """Revisions above `after` that lie in the store, ascending; other files in the folder do
+        not count.
+
+        Raises:
+            InvalidInput: kind "channel_name".
+        """
+        prefix = f"channels/{check_channel(channel)}"
+        for info in self.location.list(prefix, after=entry_key(channel, after)):
+            if match := _ENTRY.fullmatch(info.key.removeprefix(f"{prefix}/")):
+                yield int(match[1])
 
     def verify(self, channel: str) -> None:
         """Check the whole log: every revision there, each naming the bytes of the one before.
@@ -237,7 +278,7 @@ class ChannelLog:
         previous = b""
         if expected_revision:
             try:
-                previous = self._read(channel, expected_revision)
+                previous = self.read(channel, expected_revision)
             except NotFound as error:
                 message = (
                     f"channel {channel!r}: expected to be at revision {expected_revision}, which "
@@ -281,7 +322,7 @@ class ChannelLog:
 
     def _last_listed(self, channel: str) -> int:
         last = 0
-        for revision in self._revisions(channel):
+        for revision in self.revisions(channel):
             last = revision
         if not last:
             message = (
@@ -290,46 +331,21 @@ class ChannelLog:
             raise NotFound(message, kind="no_channel")
         return last
 
-    def _revisions(self, channel: str, *, after: int = 0) -> Iterator[int]:
-        """Revisions that lie in the store, ascending; other files in the folder do not count."""
-        prefix = f"channels/{check_channel(channel)}"
-        for info in self.location.list(prefix, after=_key(channel, after)):
-            if match := _ENTRY.fullmatch(info.key.removeprefix(f"{prefix}/")):
-                yield int(match[1])
-
     def _sha256_before(self, channel: str, first: int, *, after: int) -> str:
         if after == 0:
             return ""
         try:
-            return sha256_hex(self._read(channel, after))
+            return sha256_hex(self.read(channel, after))
         except NotFound as error:
-            raise _gap(channel, after, first) from error
-
-    def _read(self, channel: str, revision: int) -> bytes:
-        try:
-            return self.location.get(_key(channel, revision))
-        except NotFound as error:
-            message = f"channel {channel!r} has no revision {revision} in {self.location.url}"
-            raise NotFound(message, kind="no_revision") from error
-
-    def _parse(self, channel: str, revision: int, data: bytes) -> ChannelEntry:
-        where = f"{self.location.url}/{_key(channel, revision)}"
-        entry = parse_record(ChannelEntry, data, where=where, kind="channel_chain")
-        if (entry.channel, entry.revision) != (channel, revision) or entry.to_bytes() != data:
-            message = (
-                f"{where} holds revision {entry.revision} of {entry.channel!r}, or was not "
-                "written by this store; "
-                "restore it"
-            )
-            raise Corrupt(message, kind="channel_chain")
-        return entry
+            raise gap(channel, after, first) from error
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def _is_name(channel: str) -> bool:
+def is_channel(channel: str) -> bool:
+    """Whether this can be a channel's name."""
     return _NAME.fullmatch(channel) is not None and not channel.endswith(".")
 
 
@@ -339,7 +355,7 @@ def check_channel(channel: str) -> str:
     Raises:
         InvalidInput: kind "channel_name", it is not.
     """
-    if not isinstance(channel, str) or not _is_name(channel):
+    if not isinstance(channel, str) or not is_channel(channel):
         message = (
             f"bad channel name {channel!r}: expected 1 to 63 of a-z, 0-9, dot, underscore and "
             "hyphen, beginning with "
@@ -349,14 +365,20 @@ def check_channel(channel: str) -> str:
     return channel
 
 
-def _key(channel: str, revision: int) -> str:
+def entry_key(channel: str, revision: int) -> str:
+    """Key of an entry; revision 0 is where the log begins.
+
+    Raises:
+        InvalidInput: kind "channel_name" or "channel_entry", the revision is out of range.
+    """
     if not 0 <= revision <= _MAX_REVISION:
         message = f"channel {channel!r}: revisions are 0 to {_MAX_REVISION}, got {revision}"
         raise InvalidInput(message, kind="channel_entry")
     return f"channels/{check_channel(channel)}/{revision:08d}.json"
 
 
-def _gap(channel: str, revision: int, later: int) -> Corrupt:
+def gap(channel: str, revision: int, later: int) -> Corrupt:
+    """The error for a log in which `revision` is missing and `later` is the next one there."""
     message = (
         f"channel {channel!r}: revision {revision} is gone, revision {later} is there; restore it"
     )

@@ -74,6 +74,7 @@ Kind = Literal[
     "channel_chain",
     "channel_gap",
     "proposal",
+    "revocation_gap",
     # Unavailable
     "no_space",
     "no_hard_links",

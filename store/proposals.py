@@ -8,12 +8,14 @@ the proposal can no more be approved. The id is the beginning of the sha256 of t
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import takewhile
 from typing import Literal
 
-from store.channels import ChannelEntry, check_channel
+from store.channels import ChannelEntry, check_channel, is_channel
 from store.digest import sha256_hex
 from store.errors import Corrupt, InvalidInput, NotFound
 from store.location import Location
@@ -70,9 +72,10 @@ class Proposals:
             NotFound: kind "no_proposal".
             Corrupt: kind "proposal", it was altered.
         """
-        for revision, found in self._keys(channel):
-            if found == proposal_id:
-                return self._read(channel, revision, proposal_id)
+        for key in self.keys(channel):
+            if _id_of(key) == proposal_id:
+                with contextlib.suppress(NotFound):  # collected since the listing
+                    return self.parse(self.location.get(key), key=key)
         message = (
             f"channel {channel!r} has no proposal {proposal_id!r} in {self.location.url}; look at "
             "those that are open"
@@ -87,49 +90,47 @@ class Proposals:
             Corrupt: kind "proposal", one was altered.
         """
         found = []
-        for number, proposal_id in self._keys(channel, first=revision):
-            if number != revision:
-                break
-            try:
-                found.append((proposal_id, self._read(channel, number, proposal_id)))
-            except NotFound:  # collected since the listing
-                continue
+        prefix = f"proposals/{channel}/{revision:08d}-"
+        keys = self.keys(channel, after=revision - 1)
+        for key in takewhile(lambda key: key.startswith(prefix), keys):
+            with contextlib.suppress(NotFound):  # collected since the listing
+                found.append((_id_of(key), self.parse(self.location.get(key), key=key)))
         return sorted(found, key=lambda item: (datetime.fromisoformat(item[1].time), item[0]))
 
     def channels(self) -> list[str]:
         """Names of the channels for which there may be proposals, sorted."""
-        return list(self.location.folders("proposals"))
+        return [name for name in self.location.folders("proposals") if is_channel(name)]
 
-    def _keys(self, channel: str, *, first: int = 0) -> Iterator[tuple[int, str]]:
-        """Revisions and ids, ascending, from revision `first` on; other files do not count."""
+    def keys(self, channel: str, *, after: int = 0) -> Iterator[str]:
+        """Keys of a channel's proposals for revisions above `after`, ascending; other files do not
+        count.
+
+        Raises:
+            InvalidInput: kind "channel_name".
+        """
         prefix = f"proposals/{check_channel(channel)}"
-        for info in self.location.list(prefix, after=f"{prefix}/{first:08d}"):
-            if match := _OBJECT.fullmatch(info.key.removeprefix(f"{prefix}/")):
-                yield int(match[1]), match[2]
+        for info in self.location.list(prefix, after=f"{prefix}/{after + 1:08d}"):
+            if _OBJECT.fullmatch(info.key.removeprefix(f"{prefix}/")):
+                yield info.key
 
-    def _read(self, channel: str, revision: int, proposal_id: str) -> ChannelEntry:
-        key = _key(channel, revision, proposal_id)
-        return parse_proposal(self.location.get(key), key=key, where=f"{self.location.url}/{key}")
+    def parse(self, data: bytes, *, key: str) -> ChannelEntry:
+        """The entry in a proposal's bytes.
+
+        Raises:
+            Corrupt: kind "proposal", it is unreadable, was altered, or lies under a wrong name.
+        """
+        where = f"{self.location.url}/{key}"
+        way_on = "remove it, and propose the change again"
+        entry = parse_record(Proposal, data, where=where, kind="proposal", way_on=way_on).entry
+        own_key = _key(entry.channel, entry.revision, sha256_hex(data)[:_ID_DIGITS])
+        if own_key != key or entry.approver is not None or Proposal(entry=entry).to_bytes() != data:
+            message = f"{where} was altered: its content belongs under {own_key}; {way_on}"
+            raise Corrupt(message, kind="proposal")
+        return entry
 
 
-def parse_proposal(data: bytes, *, key: str, where: str) -> ChannelEntry:
-    """The entry in a stored proposal.
-
-    Args:
-        data: The object's bytes.
-        key: Its key under the root.
-        where: What to call it in messages.
-
-    Raises:
-        Corrupt: kind "proposal", it is unreadable, was altered, or lies under a wrong name.
-    """
-    way_on = "remove it, and propose the change again"
-    entry = parse_record(Proposal, data, where=where, kind="proposal", way_on=way_on).entry
-    expected = _key(entry.channel, entry.revision, sha256_hex(data)[:_ID_DIGITS])
-    if expected != key or entry.approver is not None or Proposal(entry=entry).to_bytes() != data:
-        message = f"{where} was altered: its content belongs under {expected}; {way_on}"
-        raise Corrupt(message, kind="proposal")
-    return entry
+def _id_of(key: str) -> str:
+    return key.removesuffix(".json")[-_ID_DIGITS:]
 
 
 def _key(channel: str, revision: int, proposal_id: str) -> str:

@@ -15,7 +15,9 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from store.digest import canonical_json, check_digest, sha256_hex
@@ -77,7 +79,7 @@ class Registry:
             Conflict: kind "signature_differs", the artifact is published with another signature.
             Corrupt: kind "blob_checksum", the payload was stored before and is damaged now.
         """
-        sha256, size = _payload_of(manifest, where="manifest")
+        sha256, size = payload_of(manifest, where="manifest")
         if (length := memoryview(payload).nbytes) != size:
             message = (
                 f"payload: the manifest says {size} bytes, got {length}; build the manifest again"
@@ -94,7 +96,7 @@ class Registry:
         self._put_signature(digest, signature)
         self._put_manifest(digest, manifest)
         # A collection that had found them too old may have been just about to remove these.
-        if not self.location.exists(_signature_key(digest)):
+        if not self.location.exists(signature_key(digest)):
             self._put_signature(digest, signature)
         if not self.location.exists(blob_key(sha256)):
             self._put_blob(sha256, payload, size)
@@ -119,7 +121,7 @@ class Registry:
             NotFound: kind "no_artifact".
             Corrupt: kind "manifest_digest", the bytes do not have this digest.
         """
-        key = _manifest_key(digest)
+        key = manifest_key(digest)
         try:
             data = self.location.get(key)
         except NotFound as error:
@@ -140,7 +142,7 @@ class Registry:
             Corrupt: kind "artifact_incomplete", the artifact has lost its signature.
         """
         try:
-            return self.location.get(_signature_key(digest))
+            return self.location.get(signature_key(digest))
         except NotFound as error:
             self.manifest(digest)  # without an artifact, this says so
             message = (
@@ -221,13 +223,17 @@ class Registry:
         """
         if not 1 <= limit <= _MAX_PAGE:
             raise InvalidInput(f"limit must be 1 to {_MAX_PAGE}, got {limit}", kind="out_of_range")
-        digests: list[str] = []
-        for info in self.location.list("artifacts", after=_signature_key(after) if after else None):
+        return list(islice(self.digests(after=after), limit))
+
+    def digests(self, *, after: str | None = None) -> Iterator[str]:
+        """All digests in order, those greater than `after`.
+
+        Raises:
+            InvalidInput: `after` is no digest.
+        """
+        for info in self.location.list("artifacts", after=signature_key(after) if after else None):
             if match := _MANIFEST.fullmatch(info.key):  # whatever else lies there does not count
-                digests.append(match[1])
-                if len(digests) == limit:
-                    break
-        return digests
+                yield match[1]
 
     def _payload(self, digest: str) -> tuple[str, int]:
         return self._payload_in(digest, self.manifest(digest))
@@ -238,7 +244,7 @@ class Registry:
         try:
             return _payload_named(_parse(manifest, where=digest), where=digest)
         except InvalidInput as error:
-            message = f"{self.location.url}/{_manifest_key(digest)}: {error}; restore it"
+            message = f"{self.location.url}/{manifest_key(digest)}: {error}; restore it"
             raise Corrupt(message, kind="manifest") from error
 
     def _put_blob(self, sha256: str, payload: Buffer, size: int) -> None:
@@ -262,21 +268,21 @@ class Registry:
         return hasher.hexdigest()
 
     def _put_manifest(self, digest: str, manifest: bytes) -> None:
-        key = _manifest_key(digest)
+        key = manifest_key(digest)
         with contextlib.suppress(NotFound):  # just collected
             if self.location.put_same(key, manifest):
                 return
         self.location.replace(key, manifest)  # young again, as in _put_blob
 
     def _put_signature(self, digest: str, signature: bytes) -> None:
-        key = _signature_key(digest)
+        key = signature_key(digest)
         try:
             if self.location.put_same(key, signature):
                 return
         except NotFound:  # just collected
             pass
         except Conflict as error:
-            if self.location.exists(_manifest_key(digest)):
+            if self.location.exists(manifest_key(digest)):
                 message = (
                     f"artifact {digest} is published with another signature, which stays; nothing "
                     "to do"
@@ -294,11 +300,21 @@ class Registry:
         return Corrupt(message, kind="blob_checksum")
 
 
-def _manifest_key(digest: str) -> str:
+def manifest_key(digest: str) -> str:
+    """Key of an artifact's manifest.
+
+    Raises:
+        InvalidInput: kind "digest".
+    """
     return f"artifacts/{check_digest(digest)}/manifest.json"
 
 
-def _signature_key(digest: str) -> str:
+def signature_key(digest: str) -> str:
+    """Key of an artifact's signature.
+
+    Raises:
+        InvalidInput: kind "digest".
+    """
     return f"artifacts/{check_digest(digest)}/signature.json"
 
 
@@ -311,8 +327,12 @@ def blob_key(sha256: str) -> str:
     return f"blobs/sha256/{check_digest(sha256)}"
 
 
-def _payload_of(manifest: bytes, *, where: str) -> tuple[str, int]:
-    """sha256 and size of the payload that a canonical manifest names."""
+def payload_of(manifest: bytes, *, where: str) -> tuple[str, int]:
+    """sha256 and size of the payload that a canonical manifest names.
+
+    Raises:
+        InvalidInput: kind "manifest", it is not canonical JSON, or names no payload; "digest".
+    """
     content = _parse(manifest, where=where)
     try:
         canonical = canonical_json(content)

@@ -54,7 +54,7 @@ class RevocationLog:
             NotFound: kind "no_revocations".
         """
         try:
-            return self.location.get(_key(serial))
+            return self.location.get(revocation_key(serial))
         except NotFound as error:
             message = f"no revocation list {serial} in {self.location.url}"
             raise NotFound(message, kind="no_revocations") from error
@@ -72,7 +72,7 @@ class RevocationLog:
             Conflict: kind "serial_taken", the present list's serial is not one below; read it,
                 decide again.
         """
-        key = _key(serial)
+        key = revocation_key(serial)
         present = self.head()
         latest = present[0] if present else 0
         if serial > latest + 1:
@@ -92,7 +92,12 @@ class RevocationLog:
         return Conflict(message, kind="serial_taken")
 
 
-def _key(serial: int) -> str:
+def revocation_key(serial: int) -> str:
+    """Key of a list.
+
+    Raises:
+        InvalidInput: kind "out_of_range", the serial is not 1 to 99,999,999.
+    """
     if not 1 <= serial <= _MAX_SERIAL:
         message = f"serials of revocation lists are 1 to {_MAX_SERIAL}, got {serial}"
         raise InvalidInput(message, kind="out_of_range")
