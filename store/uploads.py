@@ -49,10 +49,12 @@ class Uploads:
 
     Args:
         root: Where `uploads` lies.
+        piece_bytes: Most bytes a piece.
     """
 
-    def __init__(self, root: Location) -> None:
+    def __init__(self, root: Location, *, piece_bytes: int = PIECE_BYTES) -> None:
         self.location = root
+        self._piece_bytes = piece_bytes
 
     def received(self, digest: str) -> int:
         """Bytes that are there from the payload's beginning on, without a gap. One listing.
@@ -68,15 +70,15 @@ class Uploads:
         Args:
             digest: Of the manifest.
             offset: Where in the payload it begins.
-            data: 1 to `PIECE_BYTES` bytes.
+            data: Of 1 to `piece_bytes` bytes.
 
         Raises:
             InvalidInput: kind "digest", or kind "out_of_range" for offset or length.
         """
         length = memoryview(data).nbytes
-        if not 0 <= offset <= _MAX_OFFSET or not 1 <= length <= PIECE_BYTES:
+        if not 0 <= offset <= _MAX_OFFSET or not 1 <= length <= self._piece_bytes:
             message = (
-                f"upload of {digest}: expected 1 to {PIECE_BYTES} bytes at an offset of 0 to "
+                f"upload of {digest}: expected 1 to {self._piece_bytes} bytes at an offset of 0 to "
                 f"{_MAX_OFFSET}, got {length} at {offset}"
             )
             raise InvalidInput(message, kind="out_of_range")
@@ -157,7 +159,7 @@ def _cover(pieces: list[_Piece]) -> list[_Piece]:
     """Fewest pieces that reach furthest from 0 on without a gap; `pieces` in ascending order.
 
     Of those that reach equally far the one that begins last, so that whoever sends all again in
-    pieces of `PIECE_BYTES` gets these, however an earlier attempt was cut.
+    pieces of the largest size gets these, however an earlier attempt was cut.
     """
     cover: list[_Piece] = []
     reach, best = 0, None

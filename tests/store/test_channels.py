@@ -74,6 +74,62 @@ def test_append_and_read(log):
     assert when.utcoffset() == timedelta(0)
 
 
+OLD = (
+    b'{"actor":"alice","artifact":null,"channel":"prod","enabled":true,"previous":"","reason":"x",'
+    b'"revision":1,"schema_version":1,"share":1,"strength":2.5,"time":"2026-11-21T18:40:00Z"}'
+)
+
+
+def test_logs_from_before_there_were_approvers_keep_their_bytes(log):
+    log.location.put_new("channels/prod/00000001.json", OLD)
+    assert log.head("prod").to_bytes() == OLD
+    assert (log.head("prod").approver, log.head("prod").restores) == (None, None)
+    fields = {"artifact": None, "strength": 2.5, "reason": "x", "time": "2026-11-21T18:40:00Z"}
+    assert append(log, **fields).to_bytes() == OLD  # sent again
+    second = append(log, expected_revision=1, approver="bob", restores=1)
+    assert second.previous == sha256_hex(OLD)
+    assert json.loads(second.to_bytes())["approver"] == "bob"
+    assert log.history("prod") == [log.entry("prod", 1), second]
+    assert ChannelLog(log.location).head("prod") == second
+    log.verify("prod")
+
+
+def test_nothing_is_written_twice(log):
+    """None is not spelled out: an entry has one byte form."""
+    spelled = OLD.replace(b'"artifact"', b'"approver":null,"artifact"')
+    log.location.put_new("channels/prod/00000001.json", spelled)
+    with pytest.raises(Corrupt) as caught:
+        log.head("prod")
+    assert caught.value.kind == "channel_chain"
+
+
+def test_a_draft_is_what_append_appends(log):
+    draft = {"artifact": "a" * 64, "strength": 1.0, "enabled": True, "share": 1.0}
+    draft |= {"actor": "alice", "reason": "test", "time": "2026-11-21T18:40:00Z"}
+    first = log.draft("prod", expected_revision=0, **draft)
+    assert log.names() == []
+    assert log.append("prod", expected_revision=0, **draft) == first
+    for expected_revision in (0, 7):
+        with pytest.raises(Conflict) as caught:
+            log.draft("prod", expected_revision=expected_revision, **draft)
+        assert caught.value.kind == "revision_taken"
+    with pytest.raises(InvalidInput):
+        log.draft("prod", expected_revision=1, **{**draft, "strength": float("nan")})
+    assert log.head("prod") == first
+
+
+def test_newer(log):
+    assert log.newer("prod", 0) is None
+    entries = [append(log, expected_revision=revision) for revision in range(4)]
+    for reader in (log, ChannelLog(log.location)):
+        for revision in range(4):
+            assert reader.newer("prod", revision) == entries[-1]
+        assert reader.newer("prod", 4) is None
+        assert reader.newer("prod", 9) is None
+        with pytest.raises(InvalidInput):
+            reader.newer("../x", 1)
+
+
 def test_head_sees_other_writers(log):
     append(log)
     reader = ChannelLog(log.location)
@@ -121,6 +177,11 @@ def test_the_same_change_may_be_sent_again(log):
         ("time", "2026-11-21"),
         ("time", "2026-11-21T18:40:00+01:00"),
         ("time", "2026-13-21T18:40:00Z"),
+        ("approver", ""),
+        ("approver", "alice"),
+        ("restores", 0),
+        ("restores", 1),
+        ("restores", True),
         ("expected_revision", -1),
         ("expected_revision", -2),
     ],
@@ -315,7 +376,7 @@ from store.location import Location
 log = ChannelLog(Location.open(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
-for number in range(15):
+for number in range(10):
     while True:
         try:
             revision = log.head("prod").revision
@@ -339,7 +400,7 @@ def test_racing_processes_lose_no_update(tmp_path):
             stdout=subprocess.PIPE,
             text=True,
         )
-        for name in "abcd"
+        for name in "abcdefgh"
     ]
     for racer in racers:
         assert racer.stdout.readline() == "ready\n"
@@ -352,6 +413,6 @@ def test_racing_processes_lose_no_update(tmp_path):
     log = ChannelLog(Location.open(tmp_path))
     log.verify("prod")
     history = log.history("prod")
-    assert [entry.revision for entry in history] == list(range(1, 61))
-    for name in "abcd":
-        assert [e.strength for e in history if e.actor == name] == list(range(15))
+    assert [entry.revision for entry in history] == list(range(1, 81))
+    for name in "abcdefgh":
+        assert [e.strength for e in history if e.actor == name] == list(range(10))

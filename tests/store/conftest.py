@@ -1,0 +1,22 @@
+"""Where the tests of the registry keep their objects: on a disk, in memory, in a bucket."""
+
+from __future__ import annotations
+
+import os
+from uuid import uuid4
+
+import pytest
+
+from store.location import Location
+
+
+@pytest.fixture(params=["local", "memory", "bucket"])
+def root(request, tmp_path):
+    """An empty Location, on every medium; in a bucket where STEERAGE_TEST_BUCKET names one."""
+    if request.param == "local":
+        return Location.open(tmp_path / "store")
+    if request.param == "memory":
+        return Location.open("memory://").child("some/prefix")
+    if "STEERAGE_TEST_BUCKET" not in os.environ:
+        pytest.skip("set STEERAGE_TEST_BUCKET to s3://BUCKET, with credentials and endpoint")
+    return Location.open(os.environ["STEERAGE_TEST_BUCKET"]).child(uuid4().hex)
