@@ -56,7 +56,8 @@ def audit(
     Args:
         root: Where `blobs`, `artifacts`, `channels` and the others lie.
         verify_signature: Checks a manifest's signature; None leaves that out.
-        verify_revocations: Checks a revocation list; None leaves that out.
+        verify_revocations: Checks a revocation list; called in the order of serials. None leaves
+            that out.
         on_checked: Called with the bytes of each object that was checked.
 
     Raises:

@@ -1,7 +1,8 @@
 """Removing what nobody can need any more: garbage of interrupted work, and on request artifacts
 that were never used.
 
-Nothing that a channel's log names goes, nor any artifact that another one names as its parent.
+Nothing that a channel's log names goes, nor any artifact that an open proposal names, or another
+artifact as its parent.
 Publishes in progress are safe as long as they take less than `older_than_s`: a publish makes what
 it finds young again, and an object that has become younger than it was when it was found stays.
 """
@@ -20,6 +21,7 @@ from store.ahead import map_ahead
 from store.channels import ChannelLog, gap
 from store.errors import Corrupt, InvalidInput, NotFound
 from store.location import Location, ObjectInfo
+from store.proposals import Proposals
 from store.registry import Registry, manifest_key, signature_key
 
 OLDER_THAN_S: Final = 7 * 86400.0
@@ -35,6 +37,7 @@ Reason: TypeAlias = Literal[
     "leftover",  # of a writer that was killed
 ]
 
+_FOLDERS = ("artifacts", "blobs", "channels", "proposals", "replicas", "revocations", "uploads")
 _BATCH = 64
 _HEX = re.compile(rb"[0-9a-f]{64}")
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
@@ -67,17 +70,19 @@ class _References:
     def __init__(self, root: Location) -> None:
         self._registry = Registry(root)
         self._channels = ChannelLog(root)
+        self._proposals = Proposals(root)
         self.manifests: set[str] = set()  # digests
         self.heads: dict[str, int] = {}
         self.in_channels: dict[str, str] = {}  # where, by digest
+        self.in_proposals: set[str] = set()  # that can still be approved
         self.in_manifests: set[str] = set()  # payloads, parents, and whatever else is named there
 
     def refresh(self) -> None:
         """Read what has come since the last time; all of it, the first time.
 
         Raises:
-            Corrupt: a manifest, or an entry of a channel, is damaged or lost: nobody can know what
-                it named.
+            Corrupt: a manifest, an entry of a channel or a proposal is damaged or lost: nobody can
+                know what it named.
         """
         artifacts = self._registry.location.list("artifacts")
         matches = (_PART.fullmatch(info.key) for info in artifacts)
@@ -93,14 +98,26 @@ class _References:
                 self.heads[channel] = revision
                 if artifact is not None:
                     self.in_channels.setdefault(artifact, f"{channel!r} at revision {revision}")
+        self.in_proposals = set(self._proposed())
 
     def lost(self) -> str | None:
         """A digest that a channel names and that has no manifest."""
         return next((d for d in self.in_channels if d not in self.manifests), None)
 
     def keeps(self, digest: str) -> bool:
-        """Whether an artifact is named by a channel or another artifact."""
-        return digest in self.in_channels or digest in self.in_manifests
+        """Whether an artifact is named by a channel, an open proposal or another artifact."""
+        return any(digest in s for s in (self.in_channels, self.in_proposals, self.in_manifests))
+
+    def _proposed(self) -> Iterator[str]:
+        for channel in self._proposals.channels():
+            for key in self._proposals.keys(channel, after=self.heads.get(channel, 0)):
+                try:
+                    data = self._proposals.location.get(key)
+                except NotFound:  # collected by somebody else since the listing
+                    continue
+                artifact = self._proposals.parse(data, key=key).artifact
+                if artifact is not None:
+                    yield artifact
 
     def _new_entries(self) -> Iterator[tuple[str, int]]:
         for channel in self._channels.names():
@@ -137,15 +154,16 @@ def find_garbage(
         root: Where `blobs`, `artifacts`, `channels` and the others lie.
         older_than_s: Only what was last written longer ago; no publish may take that long. Objects
             of replicas only after a day in any case.
-        unreferenced: Also artifacts that no entry of any channel ever named, and that no other
-            artifact names. Their payloads become orphans, so that the next collection finds them.
+        unreferenced: Also artifacts that no entry of any channel ever named, and that no open
+            proposal and no other artifact names. Their payloads become orphans, so that the next
+            collection finds them.
         now: What to measure ages from; the present by default.
 
     Raises:
         InvalidInput: kind "out_of_range", the age is negative or not a number.
-        Corrupt: a manifest or an entry is damaged or lost, or an artifact that a channel names has
-            lost its manifest while there are orphan payloads: so it is not known what may go.
-            Nothing was yielded then.
+        Corrupt: a manifest, an entry or a proposal is damaged or lost, or an artifact that a
+            channel names has lost its manifest while there are orphan payloads: so it is not known
+            what may go. Nothing was yielded then.
     """
     if not older_than_s >= 0:
         message = f"older_than_s must be a number of seconds from 0, got {older_than_s}"
@@ -163,7 +181,7 @@ def find_garbage(
         _uploads(root, limit),
         _past_proposals(root, references, limit),
         _boards(root, now - timedelta(seconds=BOARD_AGE_S)),
-        _garbage((i for i in root.leftovers() if i.modified < limit), "leftover"),
+        _leftovers(root, limit),
     )
     yield from found
 
@@ -172,7 +190,9 @@ def collect(root: Location, garbage: Iterable[Garbage]) -> int:
     """Remove what `find_garbage` found, unless it was written again since; how many objects went.
 
     An artifact also stays if somebody began to use it since: that is looked up before it is
-    removed and once more after, when it would be put back.
+    removed and once more after, when it would be put back. What remains is a publish, or a
+    promotion, all of which happens between two requests of the collection; `store.audit` would find
+    the loss, and publishing the artifact again mends it.
 
     Raises:
         Corrupt: as for `find_garbage`.
@@ -246,6 +266,14 @@ def _past_proposals(root: Location, references: _References, limit: datetime) ->
 def _boards(root: Location, limit: datetime) -> Iterator[Garbage]:
     boards = (info for info in root.list("replicas") if _BOARD.fullmatch(info.key))
     yield from _garbage((info for info in boards if info.modified < limit), "replica_gone")
+
+
+def _leftovers(root: Location, limit: datetime) -> Iterator[Garbage]:
+    for folder in _FOLDERS:  # activation caches look after their own
+        for info in root.child(folder).leftovers():
+            if info.modified < limit:
+                key = f"{folder}/{info.key}"
+                yield Garbage(key, info.size, "leftover", info.modified)
 
 
 def _garbage(infos: Iterable[ObjectInfo], reason: Reason) -> Iterator[Garbage]:

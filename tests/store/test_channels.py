@@ -391,10 +391,10 @@ for number in range(10):
 """
 
 
-def test_racing_processes_lose_no_update(tmp_path):
+def test_racing_processes_lose_no_update(shared_root):
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", RACE, tmp_path, name],
+            [sys.executable, "-c", RACE, shared_root.url, name],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -410,7 +410,7 @@ def test_racing_processes_lose_no_update(tmp_path):
     for racer in racers:
         racer.communicate()
         assert racer.returncode == 0
-    log = ChannelLog(Location.open(tmp_path))
+    log = ChannelLog(shared_root)
     log.verify("prod")
     history = log.history("prod")
     assert [entry.revision for entry in history] == list(range(1, 81))

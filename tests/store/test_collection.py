@@ -135,6 +135,17 @@ def test_artifacts_that_nobody_ever_used_go_on_request(root):
     }
 
 
+def test_what_waits_for_approval_stays(root):
+    digest = publish(root, b"p")
+    promote(root, None)
+    change = {"strength": 1.0, "enabled": True, "share": 1.0, "actor": "alice", "reason": "test"}
+    log = ChannelLog(root)
+    Proposals(root).add(log.draft("prod", expected_revision=1, artifact=digest, **change))
+    assert gc(root, unreferenced=True) == {}
+    promote(root, None, expected_revision=1)
+    assert set(gc(root, unreferenced=True).values()) == {"past_proposal", "unreferenced"}
+
+
 def test_hundreds_of_unused_artifacts():
     root = Location.open("memory://")
     digests = [publish(root, b"p", number=number) for number in range(140)]
@@ -179,6 +190,8 @@ def test_leftovers_of_killed_writers_go(tmp_path):
     promote(root, publish(root, b"p"))
     leftover = tmp_path / "artifacts" / ".tmp-1-dead"
     leftover.write_bytes(b"half")
+    (tmp_path / "caches").mkdir()
+    (tmp_path / "caches" / ".tmp-1-dead").write_bytes(b"of an extraction")
     (found,) = find_garbage(root, now=later())
     assert (found.key, found.size, found.reason) == ("artifacts/.tmp-1-dead", 4, "leftover")
     assert list(find_garbage(root)) == []

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from store.errors import Conflict, InvalidInput, NotFound
-from store.location import Location
 from store.revocations import RevocationLog
 
 ROOT = Path(__file__).parents[2]
@@ -82,11 +81,11 @@ print(*won)
 """
 
 
-def test_racing_processes_lose_no_list(tmp_path):
+def test_racing_processes_lose_no_list(shared_root):
     """Each list holds the one before it, so that a lost one would show."""
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", RACE, tmp_path, name],
+            [sys.executable, "-c", RACE, shared_root.url, name],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -105,6 +104,6 @@ def test_racing_processes_lose_no_list(tmp_path):
         assert racer.returncode == 0
         won |= {int(serial): name for serial in output.split()}
     assert sorted(won) == list(range(1, 41))
-    log = RevocationLog(Location.open(tmp_path))
+    log = RevocationLog(shared_root)
     for serial in range(1, 41):
         assert log.get(serial).decode() == "".join(won[n] for n in range(1, serial + 1))

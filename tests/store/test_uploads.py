@@ -180,14 +180,14 @@ for number in itertools.count():
 """
 
 
-def test_killed_uploaders_leave_nothing_wrong(tmp_path):
+def test_killed_uploaders_leave_nothing_wrong(shared_root):
     """Two at once, cutting differently, killed in the middle; a third one finishes."""
     payload = random.Random(1).randbytes(100_000)
-    uploads = Uploads(Location.open(tmp_path))
+    uploads = Uploads(shared_root)
     for offset in (20_000, 60_000):
         racers = [
             subprocess.Popen(
-                [sys.executable, "-c", UPLOADER, tmp_path, step, "100000"],
+                [sys.executable, "-c", UPLOADER, shared_root.url, step, "100000"],
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 text=True,
