@@ -24,6 +24,7 @@ from store.errors import Conflict, InvalidInput, NotFound
 from store.local import LocalDirectory, ObjectInfo, map_os_error
 
 if TYPE_CHECKING:
+    from obstore.store import RetryConfig
     from typing_extensions import Buffer
 
 __all__ = ["Location", "ObjectInfo", "check_key"]
@@ -103,13 +104,19 @@ class Location:
         self._prefix = prefix
 
     @classmethod
-    def open(cls, url: str | os.PathLike[str]) -> Location:
+    def open(cls, url: str | os.PathLike[str], *, patience_s: float | None = None) -> Location:
         """Open a path, or a file://, memory://, s3://, gs:// or az:// URL; a local directory is
         created.
 
         `memory://NAME` is shared by the whole process, `memory://` alone is a new one. Buckets take
         credentials and endpoints from the usual environment variables (`AWS_*`, `GOOGLE_*`,
         `AZURE_*`).
+
+        Args:
+            url: Where.
+            patience_s: Seconds for which a bucket that does not answer is asked again; for services
+                whose own callers wait. None: minutes, as suits work that nobody waits for. Kept by
+                `child`, not by pickling.
 
         Raises:
             InvalidInput: unknown scheme, a path that is a file, or a directory that may not be
@@ -130,7 +137,9 @@ class Location:
             )
             raise InvalidInput(message, kind="url")
         try:
-            return cls(Bucket(obstore.store.from_url(text), text.rstrip("/")), text.rstrip("/"))
+            retry = _retry(patience_s) if patience_s is not None else None
+            store = obstore.store.from_url(text, retry_config=retry)
+            return cls(Bucket(store, text.rstrip("/")), text.rstrip("/"))
         except (exceptions.BaseError, ValueError) as error:
             message = (
                 f"cannot open {text!r}: {str(error).partition(chr(10))[0]}; check the URL and the "
@@ -396,6 +405,18 @@ def _reopen(url: str, process: int) -> Location:
         message = f"{url} lives in process {process} only; give workers a path or a bucket URL"
         raise InvalidInput(message, kind="memory_location")
     return Location.open(url)
+
+
+def _retry(patience_s: float) -> RetryConfig:
+    # Not the client's timeouts too: given in code, they would hide those of the environment.
+    return {
+        "retry_timeout": timedelta(seconds=patience_s),
+        "backoff": {
+            "init_backoff": timedelta(seconds=0.05),
+            "max_backoff": timedelta(seconds=1.0),
+            "base": 2,
+        },
+    }
 
 
 def _parts(data: Buffer | Sequence[Buffer]) -> Sequence[Buffer]:
