@@ -8,7 +8,6 @@ payload, so one digest names everything. Only JSON and safetensors are ever pars
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
@@ -19,11 +18,13 @@ import safetensors
 import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from steering_service.core.canonical import read_canonical
 from steering_service.core.controller import TENSORS, Controller, Mode, check_order
 from steering_service.core.direction import Direction
 from steering_service.core.errors import Corrupt, InvalidInput, Refused
 from steering_service.core.intervention import Intervention, Operation, Positions, StrengthUnit
 from steering_service.core.site import Site
+from steering_service.core.tensors import load_tensors
 
 SCHEMA_VERSION: Final = 1
 MAX_MANIFEST_BYTES: Final = 4 << 20
@@ -251,8 +252,8 @@ def parse_manifest(manifest_bytes: bytes) -> Manifest:
             kind="manifest_size",
         )
     try:
-        value = json.loads(manifest_bytes)
-        if rfc8785.dumps(value) != manifest_bytes:
+        value, canonical = read_canonical(manifest_bytes)
+        if not canonical:
             raise InvalidInput(
                 "manifest is not canonical JSON (RFC 8785), so its digest would be ambiguous",
                 kind="manifest_canonical",
@@ -270,16 +271,32 @@ def parse(manifest_bytes: bytes, payload_bytes: bytes) -> Artifact:
         InvalidInput: The manifest is malformed, or a vector is not finite float32 [D].
         Corrupt: The payload is not the one that the manifest names, or is not safetensors.
     """
-    manifest = parse_manifest(manifest_bytes)
-    got = hashlib.sha256(payload_bytes).hexdigest()
-    if got != manifest.payload.sha256 or len(payload_bytes) != manifest.payload.size:
+    sha256 = hashlib.sha256(payload_bytes).hexdigest()
+    return assemble(parse_manifest(manifest_bytes), manifest_bytes, payload_bytes, sha256)
+
+
+def assemble(
+    manifest: Manifest, manifest_bytes: bytes, payload_bytes: bytes, payload_sha256: str
+) -> Artifact:
+    """As `parse`, for whoever parsed the manifest and hashed the payload while it came in.
+
+    Args:
+        manifest: Of `manifest_bytes`, by `parse_manifest`.
+        manifest_bytes: Canonical JSON.
+        payload_bytes: safetensors.
+        payload_sha256: Hex, of these very `payload_bytes`.
+
+    Raises:
+        InvalidInput, Corrupt: See `parse`.
+    """
+    if payload_sha256 != manifest.payload.sha256 or len(payload_bytes) != manifest.payload.size:
         raise Corrupt(
             f"payload of artifact {manifest.name!r}: expected {manifest.payload.size} bytes with "
-            f"sha256 {manifest.payload.sha256}, got {len(payload_bytes)} with {got}",
+            f"sha256 {manifest.payload.sha256}, got {len(payload_bytes)} with {payload_sha256}",
             kind="payload_digest",
         )
     try:
-        tensors = safetensors.numpy.load(payload_bytes)
+        tensors = load_tensors(payload_bytes)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise Corrupt(
             f"payload of artifact {manifest.name!r} is not safetensors: {error}",

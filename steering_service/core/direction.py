@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from steering_service.core.direction_file import read, write
 from steering_service.core.errors import InvalidInput
 from steering_service.core.site import Site
+from steering_service.core.tensors import is_immutable
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -63,8 +64,11 @@ class Direction:
 
     def __post_init__(self) -> None:
         # A copy: the caller's array stays writable, and what becomes of it changes nothing here.
-        vector = np.array(self.vector_D, dtype=np.float32, order="C")
-        if vector.ndim != 1 or not np.isfinite(vector).all() or not vector.any():
+        # What nobody can write to needs none.
+        vector = np.array(
+            self.vector_D, dtype=np.float32, order="C", copy=not _is_ready(self.vector_D)
+        )
+        if vector.ndim != 1 or not _is_finite_and_not_zero(vector):
             raise InvalidInput(
                 f"direction at {self.site}: expected a finite, non-zero vector of one dimension, "
                 f"got shape {vector.shape}, finite {bool(np.isfinite(vector).all())}",
@@ -80,7 +84,8 @@ class Direction:
                     f"got {value!r}",
                     kind="direction_scale",
                 )
-        vector.flags.writeable = False
+        if vector.flags.writeable:
+            vector.flags.writeable = False
         object.__setattr__(self, "vector_D", vector)
 
     def __repr__(self) -> str:
@@ -262,6 +267,22 @@ class Direction:
         )
         record.check(path, direction.digest)
         return direction
+
+
+def _is_ready(vector_D: object) -> bool:
+    return (
+        isinstance(vector_D, np.ndarray)
+        and vector_D.dtype == np.float32
+        and vector_D.flags.c_contiguous
+        and is_immutable(vector_D)
+    )
+
+
+def _is_finite_and_not_zero(vector_D: Float32) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(vector_D @ vector_D)
+    # One pass tells for nearly all; a square may overflow or vanish where its vector does not.
+    return 0 < square < np.inf or bool(np.isfinite(vector_D).all() and vector_D.any())
 
 
 def compose(directions: Sequence[Direction], weights: Sequence[float]) -> Direction:

@@ -1,8 +1,9 @@
-"""Signing: DSSE envelopes around manifests, and the keys that a node trusts.
+"""Signing: DSSE envelopes around manifests and revocation lists, and the keys that a node trusts.
 
 A signature is a DSSE envelope (https://github.com/secure-systems-lab/dsse) as canonical JSON with
 one ed25519 signature; its payload is the manifest, byte for byte. The manifest names the payload's
-sha256, so the signature covers the whole artifact.
+sha256, so the signature covers the whole artifact. The payload type keeps the two kinds apart: the
+signature of a manifest is never one of a revocation list.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,8 +35,10 @@ from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
 from steering_service.core.artifact import MAX_MANIFEST_BYTES
 from steering_service.core.errors import InvalidInput, NotFound, Refused
+from steering_service.core.revocation import Revocations, parse_revocations
 
 PAYLOAD_TYPE: Final = "application/vnd.steerage.manifest.v1+json"
+REVOCATIONS_TYPE: Final = "application/vnd.steerage.revocations.v1+json"
 # Base64 makes four bytes of three; the rest is room for the signatures.
 MAX_ENVELOPE_BYTES: Final = MAX_MANIFEST_BYTES * 4 // 3 + (64 << 10)
 _KEY_SUFFIXES: Final = (".pub", ".pem")
@@ -80,7 +84,7 @@ def generate_key(private_path: str | os.PathLike[str], public_path: str | os.Pat
 
 
 class Signer:
-    """Signs manifests with one private key. Use `Signer.from_file`."""
+    """Signs manifests and revocation lists with one private key. Use `Signer.from_file`."""
 
     __slots__ = ("_signer",)
 
@@ -117,7 +121,19 @@ class Signer:
 
     def sign(self, manifest_bytes: bytes) -> bytes:
         """The DSSE envelope as canonical JSON. The same input gives the same bytes."""
-        envelope = Envelope(manifest_bytes, PAYLOAD_TYPE, {})
+        return self._envelope(manifest_bytes, PAYLOAD_TYPE)
+
+    def sign_revocations(self, revocations: bytes) -> bytes:
+        """The DSSE envelope around a revocation list, from `Revocations.to_bytes`.
+
+        Raises:
+            InvalidInput: It is not one.
+        """
+        parse_revocations(revocations)
+        return self._envelope(revocations, REVOCATIONS_TYPE)
+
+    def _envelope(self, payload: bytes, payload_type: str) -> bytes:
+        envelope = Envelope(payload, payload_type, {})
         envelope.sign(self._signer)
         return rfc8785.dumps(envelope.to_dict())
 
@@ -178,46 +194,89 @@ class TrustRoots:
             Refused: Unsigned, signed by other keys, for another payload, or of another type.
             InvalidInput: Not a DSSE envelope.
         """
-        if not envelope_bytes:
-            raise _unsigned()
-        record = _parse_envelope(envelope_bytes)
-        if record.payloadType != PAYLOAD_TYPE:
-            raise Refused(
-                f"signature is for payload type {record.payloadType[:100]!r}; expected "
-                f"{PAYLOAD_TYPE!r}",
-                kind="signature_type",
-            )
-        if not record.signatures:
-            raise _unsigned()
-        try:
-            envelope = Envelope.from_dict(record.model_dump())
-        except ValueError as error:
-            raise InvalidInput(
-                f"signature is not a DSSE envelope: {error}", kind="signature_format"
-            ) from error
+        return self.signers(envelope_bytes, manifest_bytes)[0]
+
+    def signers(self, envelope_bytes: bytes, manifest_bytes: bytes) -> tuple[str, ...]:
+        """All trusted keys that signed exactly this manifest.
+
+        Returns:
+            Sorted ids, at least one.
+
+        Raises:
+            Refused, InvalidInput: See `verify`.
+        """
+        envelope = _open(envelope_bytes, PAYLOAD_TYPE)
         if envelope.payload != manifest_bytes:
             raise Refused(
                 f"signature covers other bytes ({len(envelope.payload)}) than the manifest "
                 f"({len(manifest_bytes)}); get the signature that belongs to this artifact",
                 kind="signature_payload",
             )
-        try:
-            accepted = envelope.verify(list(self.keys), threshold=1)
-        except VerificationError as error:
+        return self._accepted(envelope, self.keys)
+
+    def verify_revocations(
+        self, envelope_bytes: bytes, *, revoked: Collection[str] = ()
+    ) -> Revocations:
+        """The revocation list of an envelope that a trusted key signed.
+
+        Args:
+            envelope_bytes: DSSE envelope as JSON.
+            revoked: Ids of keys that count no more: those of the list that this one is to replace.
+                So a stolen key, once revoked, cannot revoke anything itself.
+
+        Raises:
+            Refused: Unsigned, signed by other or revoked keys, or of another type.
+            InvalidInput: Not a DSSE envelope, or not a revocation list inside.
+        """
+        envelope = _open(envelope_bytes, REVOCATIONS_TYPE)
+        self._accepted(envelope, tuple(key for key in self.keys if key.keyid not in revoked))
+        return parse_revocations(envelope.payload)
+
+    def _accepted(self, envelope: Envelope, keys: tuple[Key, ...]) -> tuple[str, ...]:
+        accepted = []
+        for key in keys:
+            # One at a time, since the library stops at the first one that is enough.
+            with suppress(VerificationError):
+                accepted += envelope.verify([key], threshold=1)
+        if not accepted:
             raise Refused(
                 "no signature by a trusted key: signed by "
-                f"{', '.join(s.keyid[:100] for s in record.signatures)}, "
-                f"trusted are {', '.join(self.key_ids)}; sign with a trusted key, or add the "
-                "publisher's public key to the trust roots",
+                f"{', '.join(keyid[:100] for keyid in envelope.signatures)}, "
+                f"trusted are {', '.join(key.keyid for key in keys) or 'none'}; sign with a "
+                "trusted key, or add the publisher's public key to the trust roots",
                 kind="signature_untrusted",
-            ) from error
-        return str(next(iter(accepted)))
+            )
+        return tuple(sorted(accepted))
+
+
+def _open(envelope_bytes: bytes, payload_type: str) -> Envelope:
+    """The envelope, not verified yet.
+
+    Raises:
+        Refused: Unsigned, or of another type.
+        InvalidInput: Not a DSSE envelope.
+    """
+    if not envelope_bytes:
+        raise _unsigned()
+    record = _parse_envelope(envelope_bytes)
+    if record.payloadType != payload_type:
+        raise Refused(
+            f"signature is for payload type {record.payloadType[:100]!r}; expected "
+            f"{payload_type!r}",
+            kind="signature_type",
+        )
+    if not record.signatures:
+        raise _unsigned()
+    try:
+        return Envelope.from_dict(record.model_dump())
+    except ValueError as error:
+        raise InvalidInput(
+            f"signature is not a DSSE envelope: {error}", kind="signature_format"
+        ) from error
 
 
 def _unsigned() -> Refused:
-    return Refused(
-        "the artifact is not signed; sign it with a key that the nodes trust", kind="unsigned"
-    )
+    return Refused("there is no signature; sign with a key that the nodes trust", kind="unsigned")
 
 
 def _parse_envelope(envelope_bytes: bytes) -> _EnvelopeRecord:
