@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -78,11 +80,12 @@ class Active:
         initial: What `current` is until the first swap.
     """
 
-    __slots__ = ("_changed", "_current")
+    __slots__ = ("_changed", "_current", "_listeners")
 
     def __init__(self, initial: Deployment) -> None:
         self._current = initial
         self._changed = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
 
     @property
     def current(self) -> Deployment:
@@ -94,6 +97,22 @@ class Active:
         with self._changed:
             self._current = deployment
             self._changed.notify_all()
+            for listener in self._listeners:
+                listener()
+
+    @contextmanager
+    def listening(self, listener: Callable[[], None]) -> Iterator[None]:
+        """While the body runs, call this after every swap, in the thread that swaps.
+
+        It must be quick and raise nothing: it stands between a revocation and its report.
+        """
+        with self._changed:
+            self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._listeners.remove(listener)
 
     def wait_for(self, revision: int, timeout_s: float) -> Deployment:
         """Wait until the node runs a revision or a later one.

@@ -1,4 +1,6 @@
-"""ChannelEntry and Assignment: a channel's state, as its log tells it and as a node is told it."""
+"""ChannelEntry, Proposal, Assignment: a channel's state, as its log tells it, as somebody wants it,
+and as a node is told it.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,8 @@ class ChannelEntry:
         share: Part of the nodes that take part, 0 to 1.
         actor, time, reason: Who, when (UTC), why.
         previous: sha256 of the stored entry before, "" at revision 1.
+        approver: Who approved it; None where one person was enough.
+        restores: The revision whose state a rollback restored; None: not a rollback.
     """
 
     channel: str
@@ -39,6 +43,8 @@ class ChannelEntry:
     time: datetime
     reason: str
     previous: str
+    approver: str | None = None
+    restores: int | None = None
 
     @classmethod
     def from_proto(cls, message: channel_pb2.ChannelEntry) -> ChannelEntry:
@@ -54,7 +60,34 @@ class ChannelEntry:
             time=message.time.ToDatetime(UTC),
             reason=message.reason,
             previous=message.previous,
+            approver=message.approver or None,
+            restores=message.restores or None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A change that waits for somebody else's approval, on a channel that asks for two people.
+
+    Attributes:
+        id: 16 hex digits; what `Operator.approve` takes.
+        entry: What would be appended.
+    """
+
+    id: str
+    entry: ChannelEntry
+
+    @classmethod
+    def from_proto(cls, message: channel_pb2.Proposal) -> Proposal:
+        """Read the wire form."""
+        return cls(message.id, ChannelEntry.from_proto(message.entry))
+
+
+def change_from_proto(message: channel_pb2.PromoteResponse) -> ChannelEntry | Proposal:
+    """What became of a change: appended, or proposed."""
+    if message.HasField("proposal"):
+        return Proposal.from_proto(message.proposal)
+    return ChannelEntry.from_proto(message.entry)
 
 
 @dataclass(frozen=True, slots=True)

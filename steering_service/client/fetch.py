@@ -2,38 +2,73 @@
 
     CACHE/<digest>/{manifest.json, payload.safetensors, signature.json}   complete, never changed
     CACHE/.<digest>.partial                                               a payload in progress
+    CACHE/revocations.json                                                what must not run any more
 
 What lies on the disk is trusted as little as what comes over the wire: each load checks digests,
-signature and model again.
+signature, revocations and model again. A cache belongs to one service (and its replicas).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, Final
+
+import grpc
 
 from steering_service.client.connection import Connection
-from steering_service.core.artifact import Artifact, Manifest, parse, parse_manifest
-from steering_service.core.errors import Corrupt, InvalidInput, NotFound, Refused, Unavailable
+from steering_service.client.credentials import Credentials
+from steering_service.client.disk import sync_folder
+from steering_service.client.download import (
+    DEADLINE_S,
+    MAX_PAYLOAD_BYTES,
+    Download,
+    Interruption,
+    Never,
+    Partial,
+)
+from steering_service.client.revoked import RevocationFile
+from steering_service.core.artifact import Artifact, Manifest, assemble, parse_manifest
+from steering_service.core.errors import (
+    Corrupt,
+    InvalidInput,
+    NotFound,
+    Refused,
+    SteeringError,
+    Unavailable,
+)
 from steering_service.core.signing import TrustRoots
 from steering_service.v1 import artifact_pb2
 
-MAX_PAYLOAD_BYTES: Final = 1 << 30
+log = logging.getLogger(__name__)
+
 MANIFEST: Final = "manifest.json"
 PAYLOAD: Final = "payload.safetensors"
 SIGNATURE: Final = "signature.json"
-_DEADLINE_S: Final = 10.0
-# A download slower than this is cut off; what arrived is kept, and the next attempt goes on there.
-_MIN_BYTES_PER_S: Final = 256 << 10
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verified:
+    """An artifact that this node may use.
+
+    Attributes:
+        signature: DSSE envelope.
+        key_ids: All trusted keys that signed it.
+        kept: Whether it is on the disk.
+    """
+
+    artifact: Artifact
+    signature: bytes = field(repr=False)
+    key_ids: tuple[str, ...]
+    kept: bool
 
 
 class ArtifactCache:
@@ -44,6 +79,10 @@ class ArtifactCache:
         trust_roots: Keys whose signatures count.
         model_fingerprint: Of the model this node runs (`core.fingerprint`); artifacts for any
             other are refused. None skips the check, for tools that look at artifacts but run none.
+
+    Attributes:
+        root: The folder.
+        revocations: The list that artifacts are checked against.
     """
 
     def __init__(
@@ -54,6 +93,7 @@ class ArtifactCache:
         model_fingerprint: str | None = None,
     ) -> None:
         self.root = Path(root)
+        self.revocations = RevocationFile(self.root / "revocations.json", trust_roots)
         self._trust_roots = trust_roots
         self._model_fingerprint = model_fingerprint
 
@@ -62,9 +102,26 @@ class ArtifactCache:
 
         Raises:
             NotFound: Not cached.
-            Corrupt, Refused, InvalidInput: Cached, but no longer acceptable.
+            Corrupt, Refused, InvalidInput: Cached, but no longer acceptable; or the revocation
+                list is damaged.
+            Unavailable: The disk refused.
         """
+        return self.read(digest).artifact
+
+    def fetch(self, digest: str, connection: Connection) -> Artifact:
+        """An artifact from the disk, or else from the service, then kept on the disk.
+
+        Raises:
+            SteeringError: See `get` and `keep`.
+        """
+        verified = self.get(digest, connection)
+        self.keep(verified)
+        return verified.artifact
+
+    def read(self, digest: str) -> Verified:
+        """As `load`."""
         folder = self.root / _checked(digest)
+        self.revocations.restore()
         try:
             manifest = (folder / MANIFEST).read_bytes()
             signature = (folder / SIGNATURE).read_bytes()
@@ -73,63 +130,93 @@ class ArtifactCache:
             raise NotFound(f"artifact {digest} is not in {self.root}", kind="not_cached") from error
         except OSError as error:
             raise _disk_error(self.root, error) from error
-        self._verify(digest, manifest, signature)
-        return parse(manifest, payload)
+        parsed, key_ids = self._verify(digest, manifest, signature)
+        artifact = assemble(parsed, manifest, payload, hashlib.sha256(payload).hexdigest())
+        return Verified(artifact, signature, key_ids, kept=True)
 
-    def fetch(
+    def get(
         self,
         digest: str,
         connection: Connection,
-        *,
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> Artifact:
-        """An artifact from the disk, or else from the service, then kept on the disk.
+        interruption: Interruption | None = None,
+    ) -> Verified:
+        """An artifact from the disk, or else from the service; not yet on the disk then.
 
         Args:
             digest: sha256 of the manifest.
             connection: To the service.
-            interrupted: Asked between chunks; when true, the fetch stops and can be resumed.
+            interruption: Stops it at once; what came is kept, and the next attempt goes on there.
 
         Raises:
-            Refused: Unsigned, signed by others, or made for another model.
+            Refused: Unsigned, signed by others, revoked, or made for another model; or the
+                revocation list on the disk cannot be believed (see `RevocationFile`).
             InvalidInput: Malformed, not finite or too large.
             NotFound: The service does not have it.
-            Corrupt: The bytes are not those that the digest names.
-            Unavailable: No answer, interrupted (kind ``fetch_interrupted``), or a full disk.
+            Corrupt: The bytes are not those that the digest names; or as for Refused.
+            Unavailable: No answer, or none to this caller (see `Connection.fetching`), or
+                interrupted (kind ``fetch_interrupted``).
         """
+        # Before anything is asked for: without it nothing that comes could be used.
+        self.revocations.restore()
         try:
-            return self.load(digest)
+            return self.read(digest)
         except (NotFound, Corrupt, Refused, InvalidInput):
             # What is on the disk may be damaged and the service's copy good. If that is refused
             # too, the disk's stays, in case a mistake in the trust roots is put right.
             _checked(digest)
-        with connection.translated():
-            answer = connection.artifacts.GetManifest(
-                artifact_pb2.GetManifestRequest(digest=digest), timeout=_DEADLINE_S
-            )
-        manifest = self._verify(digest, answer.manifest, answer.signature)
-        if manifest.payload.size > MAX_PAYLOAD_BYTES:
-            raise InvalidInput(
-                f"artifact {digest}: payload of {manifest.payload.size} bytes; nodes accept at "
-                f"most {MAX_PAYLOAD_BYTES}",
-                kind="payload_size",
-            )
+        except Unavailable as error:
+            # A broken disk must not keep a node from what its channel asks for.
+            log.warning("artifact cache not read", extra={"digest": digest, "why": str(error)})
+        interruption = interruption or Never()
+        asked = _ask_manifest(digest, connection)
+        with Partial(self._partial(digest)) as partial:
+            download = Download(digest, connection, partial)
+            try:
+                answer = _take_manifest(digest, asked, connection, interruption)
+                manifest, key_ids = self._verify(digest, answer.manifest, answer.signature)
+                payload = manifest.payload
+                _check_size(digest, payload.size)
+                data, sha256 = download.receive(payload.size, payload.sha256, interruption)
+            except BaseException:
+                download.cancel()
+                raise
+            try:
+                artifact = assemble(manifest, answer.manifest, data, sha256)
+            except SteeringError:
+                partial.remove()
+                raise
+        return Verified(artifact, answer.signature, key_ids, kept=False)
+
+    def keep(self, verified: Verified) -> None:
+        """Put an artifact on the disk, unless it is there. It is complete or absent, always.
+
+        Raises:
+            Unavailable: The disk refused (kind ``cache_disk``).
+        """
+        if verified.kept:
+            return
+        artifact = verified.artifact
         try:
-            payload = self._payload(digest, manifest, connection, interrupted)
-            artifact = parse(answer.manifest, payload)
-            self._keep(artifact, answer.signature)
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._keep(artifact, verified.signature)
+            self._partial(artifact.digest).unlink(missing_ok=True)
         except OSError as error:
             raise _disk_error(self.root, error) from error
-        return artifact
 
-    def _verify(self, digest: str, manifest_bytes: bytes, signature: bytes) -> Manifest:
+    def _partial(self, digest: str) -> Path:
+        return self.root / f".{digest}.partial"
+
+    def _verify(
+        self, digest: str, manifest_bytes: bytes, signature: bytes
+    ) -> tuple[Manifest, tuple[str, ...]]:
         got = hashlib.sha256(manifest_bytes).hexdigest()
         if got != digest:
             raise Corrupt(
                 f"manifest of artifact {digest} has sha256 {got}; it was altered or mixed up",
                 kind="manifest_digest",
             )
-        self._trust_roots.verify(signature, manifest_bytes)
+        key_ids = self._trust_roots.signers(signature, manifest_bytes)
+        self.revocations.check_artifact(digest, key_ids)
         manifest = parse_manifest(manifest_bytes)
         if self._model_fingerprint not in (None, manifest.model.fingerprint):
             raise Refused(
@@ -138,91 +225,10 @@ class ArtifactCache:
                 "direction on this model, or point the channel at an artifact for it",
                 kind="model_fingerprint",
             )
-        return manifest
-
-    def _payload(
-        self,
-        digest: str,
-        manifest: Manifest,
-        connection: Connection,
-        interrupted: Callable[[], bool],
-    ) -> bytes:
-        size = manifest.payload.size
-        self.root.mkdir(parents=True, exist_ok=True)
-        with self._partial(digest) as file:
-            offset = file.seek(0, os.SEEK_END)
-            resumed = 0 < offset <= size
-            if not resumed:
-                offset = file.seek(0)
-                file.truncate()
-            self._download(file, digest, offset, size, connection, interrupted)
-            payload = _read_all(file)
-            if resumed and hashlib.sha256(payload).hexdigest() != manifest.payload.sha256:
-                # The part from before may be what is wrong: once more, from the start.
-                file.seek(0)
-                file.truncate()
-                self._download(file, digest, 0, size, connection, interrupted)
-                payload = _read_all(file)
-        return payload
-
-    def _download(
-        self,
-        file: BinaryIO,
-        digest: str,
-        offset: int,
-        size: int,
-        connection: Connection,
-        interrupted: Callable[[], bool],
-    ) -> None:
-        if offset == size:
-            return
-        timeout_s = _DEADLINE_S + (size - offset) / _MIN_BYTES_PER_S
-        request = artifact_pb2.DownloadRequest(digest=digest, offset=offset)
-        with connection.translated():
-            call = connection.artifacts.Download(request, timeout=timeout_s)
-            for response in call:
-                if response.offset != offset or offset + len(response.chunk) > size:
-                    call.cancel()
-                    raise Corrupt(
-                        f"artifact {digest}: chunk of {len(response.chunk)} bytes at "
-                        f"{response.offset}, expected at {offset} of {size}",
-                        kind="download_chunk",
-                    )
-                file.write(response.chunk)
-                offset += len(response.chunk)
-                if offset < size and interrupted():
-                    call.cancel()
-                    file.flush()
-                    raise Unavailable(
-                        f"artifact {digest}: fetch stopped at {offset} of {size} bytes",
-                        kind="fetch_interrupted",
-                    )
-        file.flush()
-        if offset != size:
-            raise Unavailable(
-                f"artifact {digest}: the download ended at {offset} of {size} bytes; it is resumed "
-                "at the next attempt",
-                kind="download_short",
-            )
-
-    @contextmanager
-    def _partial(self, digest: str) -> Iterator[BinaryIO]:
-        """The file to collect the payload in: the resumable one, unless another process has it.
-
-        It is kept when the body raises, and removed when it ends well.
-        """
-        path = self.root / f".{digest}.partial"
-        with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                with tempfile.TemporaryFile(dir=self.root) as own:
-                    yield own
-                return
-            yield file
-            path.unlink(missing_ok=True)
+        return manifest, key_ids
 
     def _keep(self, artifact: Artifact, signature: bytes) -> None:
+        # Named so that no artifact, no partial file and no state has such a name.
         folder = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{artifact.digest}."))
         try:
             for name, data in (
@@ -234,6 +240,7 @@ class ArtifactCache:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
+            sync_folder(folder)
             target = self.root / artifact.digest
             with suppress(FileNotFoundError):
                 # Here only if it failed its checks; a folder is not replaced in one step.
@@ -244,6 +251,7 @@ class ArtifactCache:
                 if not target.is_dir():
                     raise
                 # Another process of this node was first, with the same bytes.
+            sync_folder(self.root)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(self.root / artifact.digest / "replaced", ignore_errors=True)
@@ -256,28 +264,66 @@ def fetch_artifact(
     cache_dir: str | os.PathLike[str],
     trust_roots: TrustRoots,
     model_fingerprint: str,
+    credentials: Credentials | None = None,
 ) -> Artifact:
     """One artifact, checked as a node checks it, for programs that follow no channel.
 
     Args:
         digest: sha256 of the manifest.
-        address: Loopback host:port of the service; not asked where the artifact is cached.
+        address: host:port of the service; not asked where the artifact is cached.
         cache_dir: See `ArtifactCache`; as for the two that follow.
+        credentials: See `Connection`.
 
     Raises:
         Refused, InvalidInput, NotFound, Corrupt, Unavailable: See `ArtifactCache.fetch`.
     """
     cache = ArtifactCache(cache_dir, trust_roots=trust_roots, model_fingerprint=model_fingerprint)
-    connection = Connection(address)
-    try:
+    with suppress(NotFound, Corrupt, Refused, InvalidInput):
+        # As in `ArtifactCache.get`: the service's copy may be good.
+        return cache.load(digest)
+    with Connection(address, credentials) as connection:
+        with connection.translated():
+            answer = connection.artifacts.GetRevocations(
+                artifact_pb2.GetRevocationsRequest(), timeout=DEADLINE_S
+            )
+        if answer.envelope:
+            try:
+                cache.revocations.offer(answer.envelope)
+                cache.revocations.keep()
+            except (Refused, InvalidInput, Unavailable) as error:
+                # What this disk has refuses at least as much.
+                log.warning("revocations refused", extra={"kind": error.kind, "why": str(error)})
         return cache.fetch(digest, connection)
-    finally:
-        connection.close()
 
 
-def _read_all(file: BinaryIO) -> bytes:
-    file.seek(0)
-    return file.read()
+def _ask_manifest(digest: str, connection: Connection) -> Any:
+    request = artifact_pb2.GetManifestRequest(digest=digest)
+    return connection.artifacts.GetManifest.future(request, timeout=DEADLINE_S)
+
+
+def _take_manifest(
+    digest: str, call: Any, connection: Connection, interruption: Interruption
+) -> artifact_pb2.GetManifestResponse:
+    try:
+        with connection.fetching(), interruption.cancelling(call.cancel):
+            answer: artifact_pb2.GetManifestResponse = call.result()
+            return answer
+    except (grpc.FutureCancelledError, Unavailable) as error:
+        if interruption.pending:
+            raise Unavailable(
+                f"artifact {digest}: fetch stopped before it began", kind="fetch_interrupted"
+            ) from None
+        if isinstance(error, Unavailable):
+            raise
+        raise Unavailable(f"artifact {digest}: the call was cancelled", kind="rpc") from error
+
+
+def _check_size(digest: str, size: int) -> None:
+    if size > MAX_PAYLOAD_BYTES:
+        raise InvalidInput(
+            f"artifact {digest}: payload of {size} bytes; nodes accept at most {MAX_PAYLOAD_BYTES}",
+            kind="payload_size",
+        )
 
 
 def _checked(digest: str) -> str:

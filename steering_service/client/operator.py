@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
+import builtins
 import queue
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Final, Self
 
-from steering_service.client.channel import Assignment, ChannelEntry
+from steering_service.client.catalog import ArtifactEntry, PublishedManifest
+from steering_service.client.channel import (
+    Assignment,
+    ChannelEntry,
+    Proposal,
+    change_from_proto,
+)
 from steering_service.client.connection import Connection
-from steering_service.core.artifact import Artifact, Manifest, parse_manifest
+from steering_service.client.credentials import Credentials
+from steering_service.client.nodes import Convergence, NodeStatus
+from steering_service.client.publishing import publish
+from steering_service.core.artifact import Artifact, parse_manifest
 from steering_service.core.errors import NotFound
-from steering_service.v1 import artifact_pb2, channel_pb2, watch_pb2
+from steering_service.v1 import artifact_pb2, channel_pb2, node_pb2, watch_pb2
 
 DEADLINE_S: Final = 10.0
-CHUNK_BYTES: Final = 1 << 20
-_MIN_BYTES_PER_S: Final = 256 << 10
 _PAGE: Final = 500
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PublishedManifest:
-    """What the service knows of an artifact without its payload. Not verified: nodes do that.
-
-    Attributes:
-        manifest: Parsed.
-        manifest_bytes: The canonical JSON that the digest is of.
-        signature: DSSE envelope.
-        payload_size: Bytes.
-    """
-
-    digest: str
-    manifest: Manifest
-    manifest_bytes: bytes
-    signature: bytes
-    payload_size: int
 
 
 class Operator:
@@ -45,15 +34,22 @@ class Operator:
     Conflict, Refused, Corrupt, or Unavailable when it cannot be reached.
 
     Args:
-        address: Loopback host:port of the service.
+        address: host:port of the service; without TLS on loopback.
+        credentials: See `Connection`.
         deadline_s: For one call; transfers get more, by their size.
 
     Raises:
-        InvalidInput, Refused: The address is malformed or not loopback.
+        InvalidInput, Refused, NotFound: See `Connection`.
     """
 
-    def __init__(self, address: str, *, deadline_s: float = DEADLINE_S) -> None:
-        self._connection = Connection(address)
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: Credentials | None = None,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self._connection = Connection(address, credentials)
         self._deadline_s = deadline_s
 
     def __enter__(self) -> Self:
@@ -66,30 +62,31 @@ class Operator:
         """Disconnect; ends iterators of `watch` too."""
         self._connection.close()
 
-    def publish(self, artifact: Artifact, signature: bytes) -> str:
+    def publish(
+        self,
+        artifact: Artifact,
+        signature: bytes,
+        *,
+        on_sent: Callable[[int], None] = lambda sent: None,
+    ) -> str:
         """Store an artifact, all or nothing. Publishing it again changes nothing.
+
+        What an interrupted publish has left at the service is not sent again. When the connection
+        breaks, this goes on by itself, until three attempts in a row get no further.
 
         Args:
             artifact: From `core.artifact.build` or `parse`.
             signature: From `core.signing.Signer.sign(artifact.manifest_bytes)`.
+            on_sent: Called with the bytes of the payload that are handed over so far. In another
+                thread.
 
         Returns:
             Its digest.
+
+        Raises:
+            Conflict: It is published with another signature.
         """
-        payload = memoryview(artifact.payload_bytes)
-
-        def requests() -> Iterator[artifact_pb2.PublishRequest]:
-            yield artifact_pb2.PublishRequest(
-                header=artifact_pb2.PublishHeader(
-                    manifest=artifact.manifest_bytes, signature=signature
-                )
-            )
-            for start in range(0, len(payload), CHUNK_BYTES):
-                yield artifact_pb2.PublishRequest(chunk=bytes(payload[start : start + CHUNK_BYTES]))
-
-        timeout_s = self._deadline_s + len(payload) / _MIN_BYTES_PER_S
-        with self._connection.translated():
-            return self._connection.artifacts.Publish(requests(), timeout=timeout_s).digest
+        return publish(self._connection, artifact, signature, on_sent, self._deadline_s)
 
     def manifest(self, digest: str) -> PublishedManifest:
         """Manifest, signature and payload size of an artifact."""
@@ -105,36 +102,81 @@ class Operator:
             payload_size=answer.payload_size,
         )
 
-    def list(self) -> Iterator[str]:
-        """Digests of all artifacts, ascending."""
+    def list(
+        self,
+        *,
+        name_prefix: str = "",
+        kind: str = "",
+        model: str = "",
+        parent: str = "",
+    ) -> Iterator[ArtifactEntry]:
+        """Artifacts in ascending order of their digests; those that match all that is given.
+
+        Args:
+            name_prefix: The name begins with this.
+            kind: ``intervention`` or ``controller``.
+            model: Fingerprint or name of the model.
+            parent: Digest of a parent.
+        """
         token = ""
         while True:
-            request = artifact_pb2.ListRequest(page_size=_PAGE, page_token=token)
+            request = artifact_pb2.ListRequest(
+                page_size=_PAGE,
+                page_token=token,
+                name_prefix=name_prefix,
+                kind=kind,
+                model=model,
+                parent=parent,
+            )
             with self._connection.translated():
                 page = self._connection.artifacts.List(request, timeout=self._deadline_s)
-            yield from (entry.digest for entry in page.artifacts)
+            yield from map(ArtifactEntry.from_proto, page.artifacts)
             token = page.next_page_token
             if not token:
                 return
+
+    def revoke(self, envelope: bytes) -> int:
+        """Store a revocation list, which every node that watches gets at once.
+
+        Args:
+            envelope: From `core.signing.Signer.sign_revocations`.
+
+        Returns:
+            Its serial.
+
+        Raises:
+            Conflict: Its serial is not one above that of the present list.
+            Refused: No trust root of the service signed it, or it allows what is revoked.
+        """
+        request = artifact_pb2.RevokeRequest(envelope=envelope)
+        with self._connection.translated():
+            return self._connection.artifacts.Revoke(request, timeout=self._deadline_s).serial
+
+    def revocations(self) -> tuple[int, bytes]:
+        """Serial and envelope of the present revocation list, not verified; (0, b""): none yet."""
+        request = artifact_pb2.GetRevocationsRequest()
+        with self._connection.translated():
+            answer = self._connection.artifacts.GetRevocations(request, timeout=self._deadline_s)
+        return answer.serial, answer.envelope
 
     def promote(
         self,
         channel: str,
         *,
-        actor: str,
         reason: str,
+        actor: str | None = None,
         artifact: str | None = None,
         strength: float | None = None,
         enabled: bool | None = None,
         share: float | None = None,
         expected_revision: int | None = None,
-    ) -> ChannelEntry:
+    ) -> ChannelEntry | Proposal:
         """Change a channel: one compare-and-set, never retried behind the caller's back.
 
         Args:
             channel: Made by its first promote.
-            actor: Who, for the log.
             reason: Why, for the log.
+            actor: Who, for the log; None where the service knows its callers.
             artifact: Digest; "" points the channel at nothing. None keeps it, as for the rest.
             strength: Within the artifact's policy; required with a channel's first artifact.
             enabled: False puts every node on the plain model.
@@ -142,9 +184,13 @@ class Operator:
             expected_revision: The revision that the caller looked at; 0: the channel is new. None
                 reads it first, so only a change in between these two calls is a Conflict.
 
+        Returns:
+            The entry that was appended; or a Proposal, where the channel asks for two people:
+            somebody else has to `approve` it.
+
         Raises:
             Conflict: The channel was changed meanwhile: look again, then decide.
-            Refused: The strength is outside the signed policy.
+            Refused: The strength is outside the signed policy, or the caller may not.
             NotFound: No such artifact.
         """
         if expected_revision is None:
@@ -159,12 +205,92 @@ class Operator:
             strength=strength,
             enabled=enabled,
             share=share,
-            actor=actor,
+            actor=actor or "",
             reason=reason,
         )
         with self._connection.translated():
             answer = self._connection.channels.Promote(request, timeout=self._deadline_s)
-        return ChannelEntry.from_proto(answer.entry)
+        return change_from_proto(answer)
+
+    def rollback(
+        self,
+        channel: str,
+        *,
+        reason: str,
+        actor: str | None = None,
+        to_revision: int | None = None,
+        expected_revision: int | None = None,
+    ) -> ChannelEntry | Proposal:
+        """Append an entry with the state of an earlier revision.
+
+        Args:
+            channel: It must exist.
+            reason: See `promote`, as for `actor` and `expected_revision`.
+            actor: See `promote`.
+            to_revision: None: the revision before the present one; after a rollback, the one
+                before what that restored. So one rollback after the other walks back.
+            expected_revision: See `promote`.
+
+        Returns:
+            See `promote`.
+
+        Raises:
+            Conflict, Refused, NotFound: See `promote`.
+        """
+        if expected_revision is None:
+            expected_revision = self.channel(channel).revision
+        request = channel_pb2.RollbackRequest(
+            channel=channel,
+            expected_revision=expected_revision,
+            to_revision=to_revision or 0,
+            actor=actor or "",
+            reason=reason,
+        )
+        with self._connection.translated():
+            answer = self._connection.channels.Rollback(request, timeout=self._deadline_s)
+        return change_from_proto(answer)
+
+    def approve(
+        self, channel: str, proposal_id: str, *, actor: str | None = None
+    ) -> ChannelEntry | Proposal:
+        """Append what somebody else proposed, if the channel still is where it was then.
+
+        Args:
+            channel: The proposal's.
+            proposal_id: `Proposal.id`.
+            actor: See `promote`.
+
+        Raises:
+            Conflict: The channel was changed since; propose again.
+            Refused: The caller proposed it, or may not approve.
+            NotFound: No such proposal.
+        """
+        request = channel_pb2.ApproveRequest(
+            channel=channel, proposal_id=proposal_id, actor=actor or ""
+        )
+        with self._connection.translated():
+            answer = self._connection.channels.Approve(request, timeout=self._deadline_s)
+        return change_from_proto(answer)
+
+    def proposals(self, channel: str) -> builtins.list[Proposal]:
+        """Those that can still be approved, oldest first."""
+        request = channel_pb2.ListProposalsRequest(channel=channel)
+        with self._connection.translated():
+            answer = self._connection.channels.ListProposals(request, timeout=self._deadline_s)
+        return [Proposal.from_proto(item) for item in answer.proposals]
+
+    def nodes(self, channel: str) -> tuple[builtins.list[NodeStatus], Convergence]:
+        """Nodes of a channel in ascending order of their ids, and how far its head has come."""
+        found: builtins.list[NodeStatus] = []
+        token = ""
+        while True:
+            request = node_pb2.ListNodesRequest(channel=channel, page_size=_PAGE, page_token=token)
+            with self._connection.translated():
+                page = self._connection.nodes.ListNodes(request, timeout=self._deadline_s)
+            found += map(NodeStatus.from_proto, page.nodes)
+            token = page.next_page_token
+            if not token:
+                return found, Convergence.from_proto(page.convergence)
 
     def channel(self, name: str) -> ChannelEntry:
         """A channel's present state. Raises NotFound before its first promote."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from steering_service.client.channel import Assignment
+from steering_service.client.disk import locked, replace_file, try_lock
 from steering_service.core.errors import Corrupt, Unavailable
 
 _MAX_BYTES: Final = 1 << 16
@@ -38,6 +38,7 @@ class StateFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._claim: int | None = None
 
     def read(self) -> Assignment | None:
         """What was written last; None if nothing was.
@@ -64,26 +65,46 @@ class StateFile:
         return Assignment(**fields)
 
     def write(self, assignment: Assignment) -> None:
-        """Replace the file.
+        """Replace the file, unless a later state is in it.
 
         Raises:
             Unavailable: The disk refused; the old file is as it was.
         """
         data = json.dumps({"schema_version": 1, **dataclasses.asdict(assignment)}, indent=2)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=".")
-            try:
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(data + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                Path(name).replace(self.path)
-            except OSError:
-                Path(name).unlink(missing_ok=True)
-                raise
+            with locked(self.path.with_suffix(".lock")):
+                if not self._holds_later(assignment.revision):
+                    replace_file(self.path, f"{data}\n".encode())
         except OSError as error:
             raise self._disk_error(error) from error
+
+    def claim(self) -> bool:
+        """Whether this is the only process that follows the channel under this node id.
+
+        It stays claimed until `release`, or the end of the process.
+
+        Raises:
+            Unavailable: The disk refused.
+        """
+        try:
+            self._claim = try_lock(self.path.with_suffix(".claim"))
+        except OSError as error:
+            raise self._disk_error(error) from error
+        return self._claim is not None
+
+    def release(self) -> None:
+        """Take back a claim; without one nothing happens."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+    def _holds_later(self, revision: int) -> bool:
+        """Two processes under one node id may write in any order."""
+        try:
+            present = self.read()
+        except Corrupt:
+            return False
+        return present is not None and present.revision > revision
 
     def _disk_error(self, error: OSError) -> Unavailable:
         return Unavailable(f"channel state {str(self.path)!r}: {error}", kind="cache_disk")

@@ -1,30 +1,29 @@
 """Subscription: a node follows one channel, in the background; decoding never waits or fails.
 
 Two threads besides gRPC's: one listens to the stream and keeps only the latest Assignment, one
-verifies, fetches, swaps and reports. So "off" overtakes a download that is in progress.
+verifies, fetches, swaps and reports. So "off" and a revocation overtake a download in progress.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import random
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final, Self
 
-import grpc
-
-from steering_service.client.active import Active, Deployment
 from steering_service.client.channel import Assignment, check_channel
-from steering_service.client.connection import Connection
+from steering_service.client.connection import CLIENT_NAME, Connection
+from steering_service.client.credentials import Credentials
 from steering_service.client.fetch import ArtifactCache
-from steering_service.client.inbox import Inbox
-from steering_service.client.state import StateFile
-from steering_service.core.address import loopback
+from steering_service.client.inbox import Event, Inbox
+from steering_service.client.node import Node
+from steering_service.client.stream import WatchStream
+from steering_service.client.telemetry import Telemetry
+from steering_service.core.address import check_address
 from steering_service.core.artifact import Artifact
 from steering_service.core.errors import InvalidInput, Refused, SteeringError, Unavailable
 from steering_service.core.signing import TrustRoots
@@ -34,12 +33,13 @@ from steering_service.v1 import watch_pb2
 log = logging.getLogger(__name__)
 
 BACKOFF_S: Final = 0.25
-MAX_BACKOFF_S: Final = 10.0
-# Until the service has told its interval.
-_FIRST_HEARTBEAT_S: Final = 10.0
-_MISSED_HEARTBEATS: Final = 3
+MAX_BACKOFF_S: Final = 5.0
+TELEMETRY_S: Final = 30.0
 # A stream that lived this long was a good one: the delay starts small again.
 _GOOD_STREAM_S: Final = 10.0
+_CLOSE_S: Final = 5.0
+_MAX_REASON_CHARS: Final = 1000
+_MAX_TEXT_CHARS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,17 @@ class SubscriptionStatus:
         head_revision: The channel's revision as last heard; 0: unknown, or no such channel yet.
         last_error: The last failure as ``kind: message``; None after the next success.
         refused_revision: The last revision answered with a NACK; None after the next ACK.
+        revocations_serial: Of the revocation list that counts here; 0: none.
+        disk_error: Why what runs now could not be kept on the disk, so that a restart without the
+            service would begin with an older state; None when it was kept.
     """
 
     connected: bool = False
     head_revision: int = 0
     last_error: str | None = None
     refused_revision: int | None = None
+    revocations_serial: int = 0
+    disk_error: str | None = None
 
 
 class Subscription:
@@ -64,7 +69,8 @@ class Subscription:
 
     ``active.current`` always answers: with the last good deployment from the disk right after
     entering, with what the service assigns as soon as it does, and with the last good one whenever
-    the service is away or assigns what this node must refuse.
+    the service is away or assigns what this node must refuse. What is revoked makes way for the
+    plain model at once.
 
         with Subscription("127.0.0.1:8780", channel="prod", node_id="node-1", cache_dir="cache",
                           trust_roots=TrustRoots.from_paths(["keys"]),
@@ -72,7 +78,7 @@ class Subscription:
             deployment = subscription.active.current
 
     Args:
-        address: Loopback host:port of the service. It need not run yet.
+        address: host:port of the service; without TLS on loopback. It need not run yet.
         channel: It need not exist yet.
         node_id: Stable over restarts, distinct in the fleet; decides the rollout share.
         cache_dir: For artifacts and the last good state; nodes of one machine may share it.
@@ -86,10 +92,17 @@ class Subscription:
             subscribes again after a delay. It runs in the subscription's thread (when restoring,
             in the one that enters the context), and "off" waits for it: it must be quick. None
             accepts all that is verified.
+        credentials: See `Connection`. Their files are read at each attempt to connect, so they
+            need not exist yet.
+        telemetry_s: Seconds between two batches of counters.
+
+    Attributes:
+        active: What to run now.
+        telemetry: Where whoever runs it counts.
 
     Raises:
         InvalidInput: A name or the address is malformed.
-        Refused: The address is not loopback.
+        Refused: The address is not loopback, without TLS.
     """
 
     def __init__(
@@ -102,21 +115,24 @@ class Subscription:
         model_fingerprint: str | None = None,
         *,
         check: Callable[[Artifact], None] | None = None,
+        credentials: Credentials | None = None,
+        telemetry_s: float = TELEMETRY_S,
     ) -> None:
-        self.address = loopback(address)
+        self._credentials = credentials or Credentials()
+        self.address = check_address(address, secure=self._credentials.secure)
         self.channel = check_channel(channel)
         self.node_id = check_node_id(node_id)
         self._cache = ArtifactCache(
             cache_dir, trust_roots=trust_roots, model_fingerprint=model_fingerprint
         )
-        self._check = check
-        self._model_checked = model_fingerprint is not None
-        self._state = StateFile(Path(cache_dir) / "state" / node_id / f"{channel}.json")
-        self.active = Active(Deployment.plain(channel, 0, enabled=False))
-        self._assignment: Assignment | None = None
+        self._node = Node(channel, node_id, self._cache, check)
+        self.active = self._node.active
+        self.telemetry = Telemetry()
+        self._model_fingerprint = model_fingerprint
+        self._telemetry_s = telemetry_s
         self._status = SubscriptionStatus()
         self._stop = threading.Event()
-        self._stream: tuple[Inbox, Connection] | None = None
+        self._inbox: Inbox | None = None
         self._thread = threading.Thread(target=self._run, name=f"steerage-{channel}", daemon=True)
 
     @property
@@ -125,9 +141,11 @@ class Subscription:
         return self._status
 
     def __enter__(self) -> Self:
-        if not self._model_checked:
+        if self._model_fingerprint is None:
             log.warning("model fingerprint not checked", extra=self._extra(0))
-        self._restore()
+        self._node.claim()
+        self._node.restore()
+        self._note(revocations_serial=self._node.revocations.serial)
         self._thread.start()
         return self
 
@@ -137,28 +155,11 @@ class Subscription:
     def close(self) -> None:
         """Stop following. `active` keeps answering with what it has."""
         self._stop.set()
-        if self._stream is not None:
-            inbox, connection = self._stream
-            inbox.close(None)
-            connection.close()
+        if self._inbox is not None:
+            self._inbox.close(None)  # which also ends a download
         if self._thread.is_alive():
-            self._thread.join(timeout=5.0)
-
-    def _restore(self) -> None:
-        """Start from the disk. Whatever is wrong there, the service will send again."""
-        try:
-            assignment = self._state.read()
-            if assignment is None:
-                return
-            self._swap(assignment, self._deployment(assignment, self._cache.load))
-            log.info("deployment restored", extra=self._extra(assignment.revision))
-        except Exception as error:
-            kind = error.kind if isinstance(error, SteeringError) else type(error).__name__
-            log.warning(
-                "deployment not restored",
-                extra=self._extra(0) | {"kind": kind, "why": str(error)},
-                exc_info=None if isinstance(error, SteeringError) else error,
-            )
+            self._thread.join(timeout=_CLOSE_S)
+        self._node.release()
 
     def _run(self) -> None:
         failures = 0
@@ -188,83 +189,117 @@ class Subscription:
 
     def _follow(self, inbox: Inbox) -> None:
         """One stream, from Subscribe to its end."""
-        outbox: queue.SimpleQueue[watch_pb2.WatchRequest | None] = queue.SimpleQueue()
-        outbox.put(
-            watch_pb2.WatchRequest(
-                subscribe=watch_pb2.Subscribe(
-                    node_id=self.node_id,
-                    channel=self.channel,
-                    active_revision=self.active.current.revision,
-                )
-            )
+        subscribe = watch_pb2.Subscribe(
+            node_id=self.node_id,
+            channel=self.channel,
+            active_revision=self._node.reported_revision,
+            revocations_serial=self._node.revocations.serial,
+            model_fingerprint=(self._model_fingerprint or "")[:_MAX_TEXT_CHARS],
+            client=CLIENT_NAME,
         )
-        with Connection(self.address) as connection:
-            call = connection.watches.Watch(iter(outbox.get, None))
-            listener = threading.Thread(
-                target=_listen, args=(call, inbox, connection), name="steerage-listen", daemon=True
-            )
-            self._stream = inbox, connection
-            listener.start()
+        self._inbox = inbox
+        with (
+            Connection(self.address, self._credentials) as connection,
+            WatchStream(connection, subscribe, inbox) as stream,
+        ):
             try:
-                self._work(inbox, outbox, connection)
+                self._work(inbox, stream, connection)
             finally:
-                # Half-close and let the service read the last Report before the call is cancelled.
-                outbox.put(None)
-                if not self._stop.is_set():
-                    listener.join(timeout=1.0)
-                call.cancel()
-                listener.join(timeout=1.0)
+                self._send_counters(stream)
                 self._note(connected=False)
 
-    def _work(
-        self,
-        inbox: Inbox,
-        outbox: queue.SimpleQueue[watch_pb2.WatchRequest | None],
-        connection: Connection,
-    ) -> None:
-        patience_s = _FIRST_HEARTBEAT_S
+    def _work(self, inbox: Inbox, stream: WatchStream, connection: Connection) -> None:
+        count_at = time.monotonic() + self._telemetry_s
+        interrupted: watch_pb2.Assignment | None = None
         while not self._stop.is_set():
-            event = inbox.take(patience_s)
-            if event.interval_s:
-                patience_s = event.interval_s * _MISSED_HEARTBEATS
-                self._note(connected=True, head_revision=event.head_revision)
-                if event.assignment is None and self._status.refused_revision is None:
-                    self._note(last_error=None)
-            if event.assignment is not None:
-                self._take(event.assignment, inbox, outbox, connection)
+            wait_s = count_at - time.monotonic() if interrupted is None else 0.0
+            event = inbox.take(wait_s)
+            if time.monotonic() >= count_at:
+                self._send_counters(stream)
+                if self._status.disk_error is not None:
+                    self._keep()
+                count_at = time.monotonic() + self._telemetry_s
+            message = interrupted
+            if event is not None:
+                self._hear(event)
+                if event.revocations is not None and self._take_revocations(event.revocations):
+                    # Subscribed again, it is assigned the same revision, and can refuse it, or
+                    # take what it refused.
+                    return
+                message = event.assignment or interrupted
+            if message is not None:
+                taken = self._take(message, inbox, stream, connection)
+                interrupted = None if taken else message
+
+    def _hear(self, event: Event) -> None:
+        if event.interval_s:
+            self._note(connected=True, head_revision=event.head_revision)
+            if event.assignment is None and self._status.refused_revision is None:
+                self._note(last_error=None)
+
+    def _take_revocations(self, message: watch_pb2.Revocations) -> bool:
+        """Take a list that goes forward; what runs and is revoked stops at once.
+
+        Returns:
+            Whether to subscribe again: something stopped, or what was refused may pass now.
+
+        Raises:
+            Unavailable: The disk would not tell what it has to go forward from. Nothing is steered
+                then, and subscribed again, it is sent once more.
+        """
+        revocations = self._node.revocations
+        revision = self.active.current.revision
+        extra = self._extra(revision) | {"serial": message.serial}
+        try:
+            if not revocations.offer(message.envelope):
+                return False
+        except (Refused, InvalidInput) as error:
+            log.warning(
+                "revocations refused", extra=extra | {"kind": error.kind, "why": str(error)}
+            )
+            return False
+        refusal = self._node.obey()
+        log.info("revocations accepted", extra=extra)
+        self._note(revocations_serial=revocations.serial)
+        try:
+            self._keep()
+        except Refused as error:
+            refusal = error
+        if refusal is not None:
+            log.warning(
+                "deployment revoked", extra=extra | {"kind": refusal.kind, "why": str(refusal)}
+            )
+            self._note(refused_revision=revision, last_error=f"{refusal.kind}: {refusal}")
+        # A refusal for want of a list that can be believed is over, and only the service knows
+        # what was assigned.
+        return self._status.refused_revision is not None
 
     def _take(
         self,
         message: watch_pb2.Assignment,
         inbox: Inbox,
-        outbox: queue.SimpleQueue[watch_pb2.WatchRequest | None],
+        stream: WatchStream,
         connection: Connection,
-    ) -> None:
-        """Verify, fetch, check, swap and ACK; or NACK and keep what is active."""
+    ) -> bool:
+        """Verify, fetch, check, swap and ACK; or NACK and keep what is active.
 
-        def fetch(digest: str) -> Artifact:
-            return self._cache.fetch(
-                digest, connection, interrupted=lambda: inbox.pending or self._stop.is_set()
-            )
-
-        report = watch_pb2.Report(
-            channel=message.channel, revision=message.revision, nonce=message.nonce
-        )
-        assignment = Assignment.from_proto(message)
+        Returns:
+            False: something more urgent came; take it once more after that.
+        """
         try:
-            self._check_order(assignment)
-            if assignment != self._assignment:
-                self._swap(assignment, self._deployment(assignment, fetch))
-                self._remember(assignment)
+            self._node.apply(
+                Assignment.from_proto(message),
+                lambda digest: self._cache.get(digest, connection, inbox),
+            )
+            # After the swap, which must not wait for a disk; before the ACK, which may.
+            self._keep()
         except Exception as error:
             kind = error.kind if isinstance(error, SteeringError) else type(error).__name__
             if kind == "fetch_interrupted":
-                return  # the Report on the later Assignment settles this one too
-            report.status = watch_pb2.Report.STATUS_NACK
-            report.kind, report.reason = kind, str(error)[:1000]
-            report.active_revision = self.active.current.revision
-            report.identity = self.active.current.identity
-            outbox.put(watch_pb2.WatchRequest(report=report))
+                return False
+            report = self._report(message, watch_pb2.Report.STATUS_NACK)
+            report.kind, report.reason = kind, str(error)[:_MAX_REASON_CHARS]
+            stream.report(report)
             self._note(refused_revision=message.revision, last_error=f"{kind}: {error}")
             if not isinstance(error, Refused | InvalidInput):
                 raise  # it may heal: subscribe again after a delay, and be assigned it again
@@ -272,68 +307,47 @@ class Subscription:
                 "assignment refused",
                 extra=self._extra(message.revision) | {"kind": kind, "why": str(error)},
             )
-            return
-        report.status = watch_pb2.Report.STATUS_ACK
-        report.active_revision = assignment.revision
-        report.identity = self.active.current.identity
-        outbox.put(watch_pb2.WatchRequest(report=report))
+            return True
+        stream.report(self._report(message, watch_pb2.Report.STATUS_ACK))
         self._note(refused_revision=None, last_error=None)
-        log.info("assignment accepted", extra=self._extra(assignment.revision))
+        log.info("assignment accepted", extra=self._extra(message.revision))
+        return True
 
-    def _check_order(self, assignment: Assignment) -> None:
-        active = self.active.current.revision
-        replayed = assignment.revision < active
-        forked = (
-            assignment.revision == active
-            and self._assignment is not None
-            and assignment != self._assignment
+    def _report(
+        self, message: watch_pb2.Assignment, status: watch_pb2.Report.Status.ValueType
+    ) -> watch_pb2.Report:
+        return watch_pb2.Report(
+            channel=message.channel,
+            revision=message.revision,
+            nonce=message.nonce,
+            status=status,
+            active_revision=self._node.reported_revision,
+            identity=self.active.current.identity,
         )
-        if assignment.channel != self.channel or replayed or forked:
-            raise Refused(
-                f"assigned channel {assignment.channel!r} revision {assignment.revision}, while "
-                f"this node runs {self.channel!r} revision {active}; revisions only grow and never "
-                "change. If the store was replaced on purpose, delete "
-                f"{str(self._state.path)!r} and restart the node",
-                kind="revision_order",
-            )
 
-    def _deployment(self, assignment: Assignment, get: Callable[[str], Artifact]) -> Deployment:
-        """What an Assignment means for this node. Off comes first: it must work in any case."""
-        revision = assignment.revision
-        if not assignment.enabled:
-            return Deployment.plain(self.channel, revision, enabled=False)
-        assignment.check_strength()
-        if not assignment.includes(self.node_id) or assignment.artifact is None:
-            return Deployment.plain(self.channel, revision, enabled=True)
-        artifact = get(assignment.artifact)
-        artifact.manifest.policy.check(assignment.strength)
-        if self._check is not None:
-            self._check(artifact)
-        return Deployment.steered(self.channel, revision, artifact, assignment.strength)
-
-    def _swap(self, assignment: Assignment, deployment: Deployment) -> None:
-        self._assignment = assignment
-        self.active.swap(deployment)
-
-    def _remember(self, assignment: Assignment) -> None:
+    def _keep(self) -> None:
+        """Keep what is new on the disk, or note that it cannot be. Refused: see `Node.keep`."""
         try:
-            self._state.write(assignment)
+            if self._node.keep():
+                self._note(disk_error=None)
         except Unavailable as error:
-            # It runs all the same; only a restart without the service would start further back.
-            log.warning("state not saved", extra=self._extra(assignment.revision) | {"why": error})
+            # It counts all the same; only a restart without the service would start further back.
+            # Tried again with every batch of counters, of which one line is enough.
+            log.log(
+                logging.WARNING if self._status.disk_error is None else logging.DEBUG,
+                "state not saved",
+                extra=self._extra(self.active.current.revision) | {"why": str(error)},
+            )
+            self._note(disk_error=str(error))
+        finally:
+            self._note(revocations_serial=self._node.revocations.serial)
+
+    def _send_counters(self, stream: WatchStream) -> None:
+        if self._status.connected and (batch := self.telemetry.take()) is not None:
+            stream.telemetry(batch)
 
     def _note(self, **changes: Any) -> None:
         self._status = replace(self._status, **changes)
 
     def _extra(self, revision: int) -> dict[str, object]:
         return {"channel": self.channel, "node": self.node_id, "revision": revision}
-
-
-def _listen(call: Iterable[watch_pb2.WatchResponse], inbox: Inbox, connection: Connection) -> None:
-    try:
-        for response in call:
-            inbox.put(response)
-    except grpc.RpcError as error:
-        inbox.close(connection.error_of(error))
-    else:
-        inbox.close(None)

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import grpc
 import pytest
@@ -323,6 +323,15 @@ def test_a_wrong_partial_file_is_not_resumed(
             (tmp_path / "cache" / item.digest).rmdir()
 
 
+class AfterOneChunk:
+    """Interrupts a download when the first part of it has come, without cancelling the call."""
+
+    pending = True
+
+    def cancelling(self, cancel):
+        return nullcontext()
+
+
 def test_an_interrupted_fetch_goes_on_later(
     shared_service, shared_operator, publisher, artifact, tmp_path
 ):
@@ -331,7 +340,7 @@ def test_an_interrupted_fetch_goes_on_later(
     cache = ArtifactCache(tmp_path / "cache", trust_roots=publisher.roots)
     with Connection(shared_service.address) as connection:
         with pytest.raises(Unavailable) as caught:
-            cache.fetch(item.digest, connection, interrupted=lambda: True)
+            cache.get(item.digest, connection, AfterOneChunk())
         assert caught.value.kind == "fetch_interrupted"
         assert (tmp_path / "cache" / f".{item.digest}.partial").stat().st_size == 1 << 20
         assert cache.fetch(item.digest, connection).digest == item.digest
