@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from steering_service.server.access import caller_name
+
 _OWN: Final = ("time", "level", "logger", "event", "exception", "stack")
 # What every record has; the rest came with `extra`.
 _STANDARD: Final = logging.makeLogRecord({}).__dict__.keys() | {"message", "asctime", "taskName"}
@@ -19,7 +21,8 @@ class JsonFormatter(logging.Formatter):
 
     Values that JSON lacks appear as their text, exceptions as ``exception``. A field of `extra`
     that is named like one of these gets an underscore behind. Nothing is left out or masked, so
-    prompts must not be logged in the first place.
+    prompts must not be logged in the first place. Inside a call of a caller that the service knows,
+    ``caller`` is its name.
 
         handler = logging.StreamHandler()
         handler.setFormatter(JsonFormatter())
@@ -34,6 +37,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "event": record.getMessage(),
         }
+        if caller := caller_name():
+            line["caller"] = caller
         for name, value in record.__dict__.items():
             # A leading underscore: put there by a record factory (Ray installs one), not by us.
             if name not in _STANDARD and not name.startswith("_"):

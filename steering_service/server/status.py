@@ -1,24 +1,29 @@
-"""Errors to gRPC statuses: the only table, and the interceptor that applies it to every call."""
+"""Errors to gRPC statuses: the only table, and what an error tells besides its code."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
-from typing import Any, Final, NoReturn, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
 
 import steering_service.core.errors as core
 import store.errors as stored
 from steering_service.core.wire import KIND_METADATA
+from steering_service.server.access import Denied, Unauthenticated
+from steering_service.server.limits import Limited
 
-log = logging.getLogger(__name__)
-
-OUR_METHODS: Final = "/steering_service.v1."
-# Details travel in an HTTP/2 header, and peers reject headers above about 8 kB.
+DETAILS_METADATA: Final = "grpc-status-details-bin"
+DOMAIN: Final = "steerage"
+# Details travel in an HTTP/2 header, twice, and peers reject headers above 8 kB.
 MAX_DETAIL_CHARS: Final = 1000
+# Of a message that is cut, the end stays: it says what to do.
+_TAIL_CHARS: Final = 300
+_RETRY_S: Final = 1.0
 
 STATUS: Final[dict[type[Exception], grpc.StatusCode]] = {
     core.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
@@ -32,110 +37,86 @@ STATUS: Final[dict[type[Exception], grpc.StatusCode]] = {
     stored.Conflict: grpc.StatusCode.ABORTED,
     stored.Corrupt: grpc.StatusCode.DATA_LOSS,
     stored.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    Denied: grpc.StatusCode.PERMISSION_DENIED,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    Limited: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
+_WAITING_HELPS: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
+
+FIELDS: Final = {
+    "channel_name": "channel",
+    "digest": "digest",
+    "download_offset": "offset",
+    "node_id": "subscribe.node_id",
+    "page_size": "page_size",
+    "promote_actor": "actor",
+    "promote_reason": "reason",
+    "promote_share": "share",
+    "promote_strength": "strength",
+    "publish_size": "header.manifest",
+    "signature_size": "header.signature",
+}
+"""The field of the request that an INVALID_ARGUMENT of this kind is about."""
 
 # Strings, since these are generic for the type checker only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
 
-class StatusInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg, unused-ignore]
-    """Turns errors of this project's handlers into statuses; a bug becomes INTERNAL, logged."""
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a failed call answers.
 
-    async def intercept_service(  # type: ignore[override, unused-ignore]
-        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> Handler:
-        """Wrap the handler, if it is one of ours."""
-        handler = await continuation(handler_call_details)
-        method = str(handler_call_details.method)
-        if handler is None or not method.startswith(OUR_METHODS):
-            return handler
-        return _wrapped(handler, method)
-
-
-def _wrapped(handler: Handler, method: str) -> Handler:
-    """The same handler with errors made statuses, also those of messages that do not parse.
-
-    gRPC would answer these with UNKNOWN, as if the service were at fault; so it hands over bytes
-    here, and they are parsed inside.
+    Attributes:
+        code: What the caller can do about it.
+        kind: Stable code of the error.
+        detail: A sentence: ASCII, at most about a thousand characters.
+        retry_s: When to try again, in seconds; None where waiting does not help.
     """
-    inner: Any
-    parse = handler.request_deserializer
-    read = _Messages if handler.request_streaming else _parsed
-    if handler.response_streaming:
-        inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[object]:
-            try:
-                async for response in inner(read(request, parse), context):
-                    yield response
-            except grpc.aio.AbortError:
-                raise
-            except Exception as error:
-                await _abort(context, error, method)
+    code: grpc.StatusCode
+    kind: str
+    detail: str
+    retry_s: float | None
 
-        make = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_stream_rpc_method_handler
-        )
-        return make(stream, None, handler.response_serializer)
-
-    inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-
-    async def unary(request: Any, context: Context) -> object:
-        try:
-            return await inner(read(request, parse), context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            return await _abort(context, error, method)
-
-    make_unary = (
-        grpc.stream_unary_rpc_method_handler
-        if handler.request_streaming
-        else grpc.unary_unary_rpc_method_handler
-    )
-    return make_unary(unary, None, handler.response_serializer)
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """The kind by itself, and a google.rpc.Status with ErrorInfo and what else is known."""
+        details: list[Message] = [error_details_pb2.ErrorInfo(reason=self.kind, domain=DOMAIN)]
+        if self.retry_s is not None:
+            delay = Duration()
+            delay.FromMilliseconds(max(1, round(self.retry_s * 1000)))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        if self.code is grpc.StatusCode.INVALID_ARGUMENT and self.kind in FIELDS:
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field=FIELDS[self.kind], description=self.detail, reason=self.kind.upper()
+            )
+            details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        status = status_pb2.Status(code=self.code.value[0], message=self.detail)
+        for detail in details:
+            status.details.add().Pack(detail)
+        return ((KIND_METADATA, self.kind), (DETAILS_METADATA, status.SerializeToString()))
 
 
-def _parsed(data: bytes, parse: Any) -> object:
-    try:
-        return parse(data)
-    except DecodeError as error:
-        raise core.InvalidInput(
-            f"the request of {len(data)} bytes is not the message that this call takes: {error}",
-            kind="message_syntax",
-        ) from error
-
-
-class _Messages:
-    """Messages of a request stream, from their bytes."""
-
-    __slots__ = ("_bytes", "_parse")
-
-    def __init__(self, requests: AsyncIterable[bytes], parse: Any) -> None:
-        self._bytes = aiter(requests)
-        self._parse = parse
-
-    def __aiter__(self) -> _Messages:
-        return self
-
-    async def __anext__(self) -> object:
-        return _parsed(await anext(self._bytes), self._parse)
-
-
-async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
-    if isinstance(error, core.SteeringError | stored.StoreError):
-        code = STATUS[type(error)]
-        detail, kind = str(error), error.kind
-        log.info("rpc refused", extra={"method": method, "kind": kind, "code": code.name})
-    else:
-        code, kind = grpc.StatusCode.INTERNAL, "internal"
+def status_of(error: Exception) -> Status:
+    """What to answer to an error; INTERNAL for one that nobody raised on purpose."""
+    if not isinstance(error, core.SteeringError | stored.StoreError):
         # The message of an unforeseen error may hold anything, so it stays in the log.
         detail = "internal error of the service; its log has the traceback"
-        log.error("rpc failed", exc_info=error, extra={"method": method, "kind": kind})
-    if len(detail) > MAX_DETAIL_CHARS:
-        detail = detail[:MAX_DETAIL_CHARS] + "..."
-    await context.abort(code, detail, ((KIND_METADATA, kind),))
+        return Status(grpc.StatusCode.INTERNAL, "internal", detail, None)
+    code = next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
+    retry_s = getattr(error, "retry_s", _RETRY_S) if code in _WAITING_HELPS else None
+    return Status(code, error.kind, plain(str(error)), retry_s)
+
+
+def plain(text: str) -> str:
+    """Text as it can travel in a header: ASCII without control characters, its middle cut out.
+
+    Messages may quote what a caller sent, of any length and in any script.
+    """
+    if len(text) > MAX_DETAIL_CHARS:
+        text = f"{text[: MAX_DETAIL_CHARS - _TAIL_CHARS]} ... {text[-_TAIL_CHARS:]}"
+    text = text.encode("ascii", "backslashreplace").decode()
+    text = "".join(c if c.isprintable() else " " for c in text)
+    # Again, since one character may have become ten.
+    if len(text) > MAX_DETAIL_CHARS + 5:
+        text = f"{text[: MAX_DETAIL_CHARS - _TAIL_CHARS]} ... {text[-_TAIL_CHARS:]}"
+    return text
