@@ -104,7 +104,9 @@ class ArtifactServiceServicer(object):
 
     def Download(self, request, context):
         """The payload from an offset on, in chunks of at most 1 MiB, in order. To resume, ask for the
-        number of bytes you have. Check the sha256 in the manifest at the end.
+        number of bytes you have. Check the sha256 in the manifest at the end. Set a deadline: a call
+        counts against its caller's share of downloads until it ends. Who waits too long for one gets
+        UNAVAILABLE, kind "downloads_busy".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,14 +123,14 @@ class ArtifactServiceServicer(object):
     def Revoke(self, request, context):
         """Stores a revocation list, signed by one of the service's trust roots. Its serial must be one
         above that of the present list (ABORTED otherwise), and it must revoke all that this one does.
-        Every node that watches gets it at once.
+        Every node that watches gets it at once. What is new must be the caller's to revoke.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRevocations(self, request, context):
-        """The present revocation list; serial 0 and no envelope before the first.
+        """The newest revocation list, whoever signed it; serial 0 and no envelope before the first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

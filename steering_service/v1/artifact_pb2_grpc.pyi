@@ -69,7 +69,9 @@ class ArtifactServiceStub:
     """Manifest, signature and payload size of one artifact."""
     Download: _grpc.UnaryStreamMultiCallable[_artifact_pb2.DownloadRequest, _artifact_pb2.DownloadResponse]
     """The payload from an offset on, in chunks of at most 1 MiB, in order. To resume, ask for the
-    number of bytes you have. Check the sha256 in the manifest at the end.
+    number of bytes you have. Check the sha256 in the manifest at the end. Set a deadline: a call
+    counts against its caller's share of downloads until it ends. Who waits too long for one gets
+    UNAVAILABLE, kind "downloads_busy".
     """
     List: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.ListRequest, _artifact_pb2.ListResponse]
     """Artifacts that match all filters, in ascending order of their digests. Only those whose models
@@ -78,10 +80,10 @@ class ArtifactServiceStub:
     Revoke: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.RevokeRequest, _artifact_pb2.RevokeResponse]
     """Stores a revocation list, signed by one of the service's trust roots. Its serial must be one
     above that of the present list (ABORTED otherwise), and it must revoke all that this one does.
-    Every node that watches gets it at once.
+    Every node that watches gets it at once. What is new must be the caller's to revoke.
     """
     GetRevocations: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.GetRevocationsRequest, _artifact_pb2.GetRevocationsResponse]
-    """The present revocation list; serial 0 and no envelope before the first."""
+    """The newest revocation list, whoever signed it; serial 0 and no envelope before the first."""
 
 @_typing.type_check_only
 class ArtifactServiceAsyncStub(ArtifactServiceStub):
@@ -103,7 +105,9 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     """Manifest, signature and payload size of one artifact."""
     Download: _aio.UnaryStreamMultiCallable[_artifact_pb2.DownloadRequest, _artifact_pb2.DownloadResponse]  # type: ignore[assignment]
     """The payload from an offset on, in chunks of at most 1 MiB, in order. To resume, ask for the
-    number of bytes you have. Check the sha256 in the manifest at the end.
+    number of bytes you have. Check the sha256 in the manifest at the end. Set a deadline: a call
+    counts against its caller's share of downloads until it ends. Who waits too long for one gets
+    UNAVAILABLE, kind "downloads_busy".
     """
     List: _aio.UnaryUnaryMultiCallable[_artifact_pb2.ListRequest, _artifact_pb2.ListResponse]  # type: ignore[assignment]
     """Artifacts that match all filters, in ascending order of their digests. Only those whose models
@@ -112,10 +116,10 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     Revoke: _aio.UnaryUnaryMultiCallable[_artifact_pb2.RevokeRequest, _artifact_pb2.RevokeResponse]  # type: ignore[assignment]
     """Stores a revocation list, signed by one of the service's trust roots. Its serial must be one
     above that of the present list (ABORTED otherwise), and it must revoke all that this one does.
-    Every node that watches gets it at once.
+    Every node that watches gets it at once. What is new must be the caller's to revoke.
     """
     GetRevocations: _aio.UnaryUnaryMultiCallable[_artifact_pb2.GetRevocationsRequest, _artifact_pb2.GetRevocationsResponse]  # type: ignore[assignment]
-    """The present revocation list; serial 0 and no envelope before the first."""
+    """The newest revocation list, whoever signed it; serial 0 and no envelope before the first."""
 
 class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -158,7 +162,9 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_artifact_pb2.DownloadResponse], _abc.AsyncIterator[_artifact_pb2.DownloadResponse]]:
         """The payload from an offset on, in chunks of at most 1 MiB, in order. To resume, ask for the
-        number of bytes you have. Check the sha256 in the manifest at the end.
+        number of bytes you have. Check the sha256 in the manifest at the end. Set a deadline: a call
+        counts against its caller's share of downloads until it ends. Who waits too long for one gets
+        UNAVAILABLE, kind "downloads_busy".
         """
 
     @_abc_1.abstractmethod
@@ -179,7 +185,7 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_artifact_pb2.RevokeResponse, _abc.Awaitable[_artifact_pb2.RevokeResponse]]:
         """Stores a revocation list, signed by one of the service's trust roots. Its serial must be one
         above that of the present list (ABORTED otherwise), and it must revoke all that this one does.
-        Every node that watches gets it at once.
+        Every node that watches gets it at once. What is new must be the caller's to revoke.
         """
 
     @_abc_1.abstractmethod
@@ -188,6 +194,6 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _artifact_pb2.GetRevocationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_artifact_pb2.GetRevocationsResponse, _abc.Awaitable[_artifact_pb2.GetRevocationsResponse]]:
-        """The present revocation list; serial 0 and no envelope before the first."""
+        """The newest revocation list, whoever signed it; serial 0 and no envelope before the first."""
 
 def add_ArtifactServiceServicer_to_server(servicer: ArtifactServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

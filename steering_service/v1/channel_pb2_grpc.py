@@ -95,7 +95,7 @@ class ChannelServiceServicer(object):
 
     def Approve(self, request, context):
         """Appends what was proposed, if the channel still is where it was then. PERMISSION_DENIED for
-        whoever proposed it.
+        whoever proposed it, and once that one may not change the channel any more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

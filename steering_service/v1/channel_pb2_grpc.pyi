@@ -48,7 +48,7 @@ class ChannelServiceStub:
     """Appends an entry with the state of an earlier revision; otherwise like Promote."""
     Approve: _grpc.UnaryUnaryMultiCallable[_channel_pb2.ApproveRequest, _channel_pb2.PromoteResponse]
     """Appends what was proposed, if the channel still is where it was then. PERMISSION_DENIED for
-    whoever proposed it.
+    whoever proposed it, and once that one may not change the channel any more.
     """
     ListProposals: _grpc.UnaryUnaryMultiCallable[_channel_pb2.ListProposalsRequest, _channel_pb2.ListProposalsResponse]
     """Proposals that can still be approved, oldest first."""
@@ -76,7 +76,7 @@ class ChannelServiceAsyncStub(ChannelServiceStub):
     """Appends an entry with the state of an earlier revision; otherwise like Promote."""
     Approve: _aio.UnaryUnaryMultiCallable[_channel_pb2.ApproveRequest, _channel_pb2.PromoteResponse]  # type: ignore[assignment]
     """Appends what was proposed, if the channel still is where it was then. PERMISSION_DENIED for
-    whoever proposed it.
+    whoever proposed it, and once that one may not change the channel any more.
     """
     ListProposals: _aio.UnaryUnaryMultiCallable[_channel_pb2.ListProposalsRequest, _channel_pb2.ListProposalsResponse]  # type: ignore[assignment]
     """Proposals that can still be approved, oldest first."""
@@ -119,7 +119,7 @@ class ChannelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_channel_pb2.PromoteResponse, _abc.Awaitable[_channel_pb2.PromoteResponse]]:
         """Appends what was proposed, if the channel still is where it was then. PERMISSION_DENIED for
-        whoever proposed it.
+        whoever proposed it, and once that one may not change the channel any more.
         """
 
     @_abc_1.abstractmethod

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +33,7 @@ from steering_service.core.signing import TrustRoots
 from steering_service.server.app import serve
 store, address, *trust = sys.argv[1:]
 serve(store, address, trust_roots=TrustRoots.from_paths(trust) if trust else None,
-      poll_s=0.1, heartbeat_s=0.3, drain_s=1.0)
+      poll_s=0.1, heartbeat_s=0.3, board_s=0.1, drain_s=1.0)
 """
 
 
@@ -105,6 +107,7 @@ class CutProxy:
 
     def __init__(self, target: str, *, cut_after: int | None = None) -> None:
         self.cut_after = cut_after
+        self.delay_s = 0.0  # before each piece of at most 64 KiB to the client
         self.bytes_to_client = 0
         self.connections = 0
         self._target = ("127.0.0.1", int(target.rpartition(":")[2]))
@@ -129,6 +132,8 @@ class CutProxy:
         passed = 0
         try:
             while chunk := source.recv(1 << 16):
+                if self.delay_s and sink.getpeername() != self._target:
+                    time.sleep(self.delay_s)
                 sink.sendall(chunk)
                 passed += len(chunk)
                 if sink.getpeername() != self._target:
@@ -217,3 +222,17 @@ def shared_operator(shared_service):
 def channel():
     """A channel that no other test uses."""
     return f"test-{uuid.uuid4().hex[:12]}"
+
+
+def _secure():
+    path = Path(__file__).with_name("secure.py")
+    spec = importlib.util.spec_from_file_location("secure", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["secure"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# Fixtures: services that know their callers.
+secure = _secure()
+pki, guarded, guarded_once = secure.pki, secure.guarded, secure.guarded_once

@@ -60,6 +60,7 @@ def test_noise_gets_a_status_and_writes_nothing(shared_service, shared_operator,
             grpc.StatusCode.OK,  # an empty request is a valid List
             grpc.StatusCode.INVALID_ARGUMENT,
             grpc.StatusCode.NOT_FOUND,
+            grpc.StatusCode.FAILED_PRECONDITION,  # Revoke, of a service without trust roots
             grpc.StatusCode.UNIMPLEMENTED,  # gRPC's own, for several requests where one goes
         }, call.details()
     assert (list(shared_operator.list()), list(shared_operator.channels())) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import logging
 import sys
@@ -12,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steering_service.server.access import Identity, set_caller
+from steering_service.server.identities import Identities
 from steering_service.server.logs import JsonFormatter
 
 
@@ -116,3 +119,14 @@ def test_it_formats_for_a_real_handler(tmp_path):
         ("watch started", "prod", None),
         ("node refused", None, "unsigned"),
     ]
+
+
+def test_the_caller_is_named_inside_its_call():
+    def inside():
+        set_caller(Identity("ada", frozenset(), Identities()))
+        return line_of(), line_of(extra={"caller": "eve"})
+
+    own, given = contextvars.copy_context().run(inside)
+    assert own["caller"] == "ada"
+    assert given["caller"] == "eve"
+    assert "caller" not in line_of()

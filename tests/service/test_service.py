@@ -42,7 +42,7 @@ def test_artifacts_round_trip(operator, publisher, artifact):
         assert (found.manifest_bytes, found.signature) == (item.manifest_bytes, signature)
         assert found.payload_size == len(item.payload_bytes)
         assert found.manifest == item.manifest
-    assert list(operator.list()) == sorted(item.digest for item in made)
+    assert [entry.digest for entry in operator.list()] == sorted(item.digest for item in made)
 
 
 def test_list_pages(service, operator, publisher, artifact):
@@ -69,7 +69,8 @@ def test_download_from_an_offset(shared_service, shared_operator, publisher, art
         chunks = list(connection.artifacts.Download(request, timeout=10))
     assert b"".join(c.chunk for c in chunks) == large.payload_bytes[offset:]
     assert all(len(c.chunk) <= 1 << 20 for c in chunks)
-    assert [c.offset for c in chunks] == list(range(offset, len(large.payload_bytes), 1 << 20))
+    ends = [c.offset + len(c.chunk) for c in chunks]
+    assert [c.offset for c in chunks] == [offset, *ends][: len(chunks)]
 
 
 def test_publish_is_all_or_nothing(service, operator, publisher, artifact):
@@ -91,7 +92,7 @@ def test_publish_is_all_or_nothing(service, operator, publisher, artifact):
                 with pytest.raises(grpc.RpcError) as caught:
                     connection.artifacts.Publish(iter(requests), timeout=5)
                 assert caught.value.code() is code
-    assert list(operator.list()) == []
+    assert [entry.digest for entry in operator.list()] == []
 
 
 def test_publish_checks_signatures_when_it_has_trust_roots(start, publisher, stranger, artifact):
@@ -104,7 +105,7 @@ def test_publish_checks_signatures_when_it_has_trust_roots(start, publisher, str
             operator.publish(artifact(1), b"")
         assert caught.value.kind == "unsigned"
         publisher.publish(operator, artifact(2))
-        assert list(operator.list()) == [artifact(2).digest]
+        assert [entry.digest for entry in operator.list()] == [artifact(2).digest]
 
 
 def test_promote_keeps_what_is_left_out_and_logs_everything(
@@ -173,7 +174,7 @@ def test_stray_files_in_the_store_are_no_errors(service, operator, publisher, ar
         file.write_bytes(b"stray")
     assert [entry.revision for entry in operator.history("prod")] == [1]
     assert list(operator.channels()) == ["prod"]
-    assert list(operator.list()) == [digest]
+    assert [entry.digest for entry in operator.list()] == [digest]
 
 
 def test_promote_of_a_stale_revision_is_a_conflict(shared_operator, publisher, artifact, channel):
@@ -347,7 +348,7 @@ def test_only_loopback_is_served_or_dialled(tmp_path, address):
     done = steerage_serve(tmp_path, address)
     assert done.returncode == 3
     assert done.stdout == ""
-    assert "TLS and authentication come with the next release" in done.stderr
+    assert "without TLS nothing else is served" in done.stderr
     with pytest.raises(Refused):
         Operator(address)
 
@@ -360,7 +361,7 @@ def test_a_taken_port_is_an_error_not_a_shared_port(shared_service, tmp_path):
 
 def test_every_error_class_has_a_status():
     classes = {*SteeringError.__subclasses__(), *stored.StoreError.__subclasses__()}
-    assert classes == set(STATUS)
+    assert classes <= set(STATUS)
 
 
 def test_stubs_are_fresh():
