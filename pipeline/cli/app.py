@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -34,6 +34,19 @@ app = typer.Typer(
 )
 
 
+DELIVERY: Final = "Delivery"
+"""Heading of the commands that publish, roll out and look on, in `steerage --help`."""
+
+
+class _WithReason(logging.Formatter):
+    """An event for people, with why it happened, which a record has beside it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text = super().formatMessage(record)
+        reasons = [str(getattr(record, name)) for name in ("kind", "why") if hasattr(record, name)]
+        return ": ".join([text, *reasons])
+
+
 @app.callback()
 def _configure(
     verbose: Annotated[
@@ -41,10 +54,11 @@ def _configure(
     ] = False,
 ) -> None:
     # The only place that configures logging; never the root of an application that imports us.
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    handler.setFormatter(_WithReason("%(message)s"))
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+        handlers=[handler],
     )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if verbose:
@@ -56,12 +70,17 @@ def main() -> None:
     # Imported here so that `app` exists when they register their commands.
     from pipeline.cli import (  # noqa: F401
         batch,
+        channels,
+        comparing,
         evaluate,
         node,
         operate,
+        registry,
         report,
         repro,
+        revoking,
         select,
+        status,
         train,
         verify,
     )

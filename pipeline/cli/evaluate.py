@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.cli.app import app
+from pipeline.cli.connecting import Service, connecting
+from pipeline.cli.digests import resolve
 from pipeline.cli.options import (
-    DEFAULT_ADDRESS,
     AsJson,
-    ServiceAddress,
     present,
     print_json,
     progress,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@connecting
 def evaluate(
     suite_file: Annotated[
         Path,
@@ -37,8 +38,12 @@ def evaluate(
         list[Path],
         typer.Option("--trust", help="Public key, or folder of them, that is trusted; repeatable."),
     ],
+    service: Service,
     artifact: Annotated[
-        str | None, typer.Option("--artifact", help="Digest of the artifact; or name a --channel.")
+        str | None,
+        typer.Option(
+            "--artifact", help="Digest, or its first digits (8 or more); or name a --channel."
+        ),
     ] = None,
     channel: Annotated[
         str | None,
@@ -62,7 +67,6 @@ def evaluate(
     out: Annotated[
         Path, typer.Option("--out", help="Folder for the results; what is there is replaced.")
     ] = Path("steerage-evaluation"),
-    address: ServiceAddress = DEFAULT_ADDRESS,
     cache: Annotated[
         Path, typer.Option("--cache", help="Where artifacts are kept, as for `steerage steer`.")
     ] = Path("~/.cache/steerage"),
@@ -94,15 +98,19 @@ def evaluate(
 
     fingerprint = model_fingerprint(model)
     if channel is not None:
-        artifact, strength = _assigned(channel, address)
+        digest, strength = _assigned(channel, service)
         chosen = chosen or [strength]
-    assert artifact is not None
+    else:
+        assert artifact is not None
+        with service.operator() as operator:
+            digest = resolve(operator, artifact)
     fetched = fetch_artifact(
-        artifact,
-        address,
+        digest,
+        service.address,
         cache_dir=cache.expanduser(),
         trust_roots=TrustRoots.from_paths(trust),
         model_fingerprint=fingerprint,
+        credentials=service.credentials,
     )
     for strength in chosen or ():
         fetched.manifest.policy.check(strength)
@@ -161,12 +169,11 @@ def _numbers(text: str) -> list[float]:
         ) from error
 
 
-def _assigned(channel: str, address: str) -> tuple[str, float]:
+def _assigned(channel: str, service: Service) -> tuple[str, float]:
     """Artifact and strength that a channel gives its nodes now."""
     from pipeline.errors import NotFound
-    from steering_service.client.operator import Operator
 
-    with Operator(address) as operator:
+    with service.operator() as operator:
         entry = operator.channel(channel)
     if entry.artifact is None:
         raise NotFound(

@@ -11,12 +11,14 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from pipeline.cli.app import app
-from pipeline.cli.options import DEFAULT_ADDRESS, AsJson, ServiceAddress, print_json, stderr, stdout
+from pipeline.cli.app import DELIVERY, app
+from pipeline.cli.connecting import Service, connecting
+from pipeline.cli.options import AsJson, print_json, stderr, stdout
 from pipeline.errors import GateRefused, NotFound
 
 
-@app.command()
+@app.command(rich_help_panel=DELIVERY)
+@connecting
 def steer(
     channel: Annotated[str, typer.Argument(help="Channel to follow.")],
     model: Annotated[Path, typer.Option("--model", help="Model folder.")],
@@ -24,13 +26,13 @@ def steer(
         list[Path],
         typer.Option("--trust", help="Public key, or folder of them, that is trusted; repeatable."),
     ],
+    service: Service,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="Prompt to answer; repeatable. Without it: a chat."),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
-    address: ServiceAddress = DEFAULT_ADDRESS,
     cache: Annotated[
         Path, typer.Option("--cache", help="Where artifacts are kept, to start from next time.")
     ] = Path("~/.cache/steerage"),
@@ -50,6 +52,7 @@ def steer(
     from pipeline.evaluation.generate import ChatPrompt, generate
     from pipeline.extraction.models import ModelInfo, load_model, load_tokenizer
     from steering_service.adapters.transformers import fits, steered
+    from steering_service.client.active import Deployment
     from steering_service.client.subscription import Subscription
     from steering_service.core.signing import TrustRoots
 
@@ -58,13 +61,14 @@ def steer(
         tokenizer = load_tokenizer(model)
         loaded = load_model(model, info.dtype)
     subscription = Subscription(
-        address,
+        service.address,
         channel=channel,
         node_id=node or socket.gethostname(),
         cache_dir=cache.expanduser(),
         trust_roots=TrustRoots.from_paths(trust),
         model_fingerprint=info.fingerprint,
         check=fits(loaded),
+        credentials=service.credentials,
     )
 
     def answer(text: str) -> None:
@@ -75,10 +79,14 @@ def steer(
                 [ChatPrompt(text, system)],
                 max_new_tokens=max_new_tokens,
             )
-            _print_answer(text, reply, steering.deployed, as_json)
+            deployed = steering.deployed
+            if isinstance(deployed, Deployment):
+                steered_too = int(deployed.artifact is not None)
+                subscription.telemetry.count(deployed, requests=1, steered_requests=steered_too)
+            _print_answer(text, reply, deployed, as_json)
 
     with subscription:
-        with stderr.status(f"waiting for channel {channel!r} at {address}"):
+        with stderr.status(f"waiting for channel {channel!r} at {service.address}"):
             _settle(subscription, wait_s)
         if prompt:
             for text in prompt:

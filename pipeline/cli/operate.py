@@ -1,63 +1,101 @@
-"""Commands of an operator: keygen, publish, promote, serve, watch, log."""
+"""Commands that set delivery up: keygen, token, publish, serve."""
 
 from __future__ import annotations
 
-import getpass
+import hashlib
 import logging
-from dataclasses import asdict
+import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.app import app
+from pipeline.cli.app import DELIVERY, app
+from pipeline.cli.connecting import DEFAULT_ADDRESS, Service, connecting
 from pipeline.cli.options import (
-    DEFAULT_ADDRESS,
     DEFAULT_STORE,
     AsJson,
     RunPath,
-    ServiceAddress,
     StoreUrl,
+    TrustPaths,
+    line,
     print_json,
     show,
     stderr,
-    stdout,
+    transfer,
 )
+from pipeline.errors import InvalidInput
 
 if TYPE_CHECKING:
     from steering_service.core.artifact import Artifact
 
-Channel = Annotated[str, typer.Argument(help="Name of the channel, such as 'refusal'.")]
 KeyPath = Annotated[
     Path, typer.Option("--key", help="Private key that signs; `steerage keygen` makes one.")
 ]
-TrustPaths = Annotated[
-    list[Path] | None,
-    typer.Option("--trust", help="Public key, or folder of them, that is trusted; repeatable."),
-]
+_TLS = "TLS and access"
 
 
-@app.command()
+@app.command(rich_help_panel=DELIVERY)
 def keygen(
     private: Annotated[Path, typer.Argument(help="Where the private key goes (kept secret).")],
     public: Annotated[
         Path | None, typer.Argument(help="Where the public key goes; by default PRIVATE.pub.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Make a key pair that signs artifacts. Nodes get the public half as a trust root."""
+    """Make a key pair that signs artifacts and revocation lists. Nodes get the public half.
+
+    Example: steerage keygen publisher.key
+    """
     from steering_service.core.signing import generate_key
 
     where = public or private.with_name(f"{private.stem}.pub")
     key_id = generate_key(private, where)
-    show({"private": str(private), "public": str(where), "key_id": key_id}, False, "Key pair")
+    show({"private": str(private), "public": str(where), "key_id": key_id}, as_json, "Key pair")
 
 
-@app.command()
+@app.command(rich_help_panel=DELIVERY)
+def token(
+    path: Annotated[Path, typer.Argument(help="Where the token goes; the caller keeps it secret.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a bearer token, and print the line of the access policy that lets it in.
+
+    The policy holds only the token's sha256, so it is no secret. Whoever has the file is that
+    caller: it is made readable for its owner only. Use it with --token-file.
+
+    Example: steerage token gpu-17.token
+    """
+    secret = secrets.token_urlsafe(32)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise InvalidInput(
+            f"{str(path)!r} exists; tokens are never overwritten: choose another name",
+            kind="token_exists",
+        ) from error
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot write {str(path)!r}: {error.strerror or error}", kind="token_file"
+        ) from error
+    with os.fdopen(descriptor, "w") as file:
+        file.write(f"{secret}\n")
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    if as_json:
+        print_json({"token": str(path), "token_sha256": digest})
+    else:
+        line(f'token_sha256 = "{digest}"')
+        stderr.print(f"the token is in {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel=DELIVERY)
+@connecting
 def publish(
     run_file: RunPath,
     key: KeyPath,
+    service: Service,
     store: StoreUrl = DEFAULT_STORE,
-    address: ServiceAddress = DEFAULT_ADDRESS,
     direct: Annotated[
         bool,
         typer.Option("--direct", help="Write to --store itself, with no service running."),
@@ -67,7 +105,9 @@ def publish(
     """Make an artifact of reduced directions or a trained controller, sign it, and publish it.
 
     Which sites, how they are applied and the strength limits are set under [publish] in the run
-    file. Publishing the same again changes nothing.
+    file. Publishing the same again changes nothing; what was interrupted goes on where it stopped.
+
+    Example: steerage publish examples/refusal.toml --key publisher.key
     """
     from pipeline.cli.batch import behaviours_of, planning, reduction_of
     from pipeline.cli.train import directions_of
@@ -89,72 +129,69 @@ def publish(
             model=planned.model,
             behaviours=behaviours_of(run, store),
         )
-    publishing(artifact, key, store=store if direct else None, address=address)
+    publishing(artifact, key, store=store if direct else None, service=service)
     show(artifact_summary(artifact), as_json, "Published")
 
 
-@app.command()
-def promote(
-    channel: Channel,
-    reason: Annotated[str, typer.Option("--reason", help="Why; kept in the channel's log.")],
-    artifact: Annotated[
-        str | None, typer.Argument(help="Digest; without it the channel keeps its artifact.")
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option("--strength", help="Within the artifact's signed limits.")
-    ] = None,
-    share: Annotated[
-        float | None, typer.Option("--share", help="Part of the nodes that take part, 0 to 1.")
-    ] = None,
-    on: Annotated[
-        bool | None, typer.Option("--on/--off", help="Off: every node runs the plain model.")
-    ] = None,
-    actor: Annotated[
-        str | None, typer.Option("--actor", help="Who; by default the login name.")
-    ] = None,
-    expect: Annotated[
-        int | None,
-        typer.Option("--expect", help="Fail unless the channel is at this revision (0: new)."),
-    ] = None,
-    address: ServiceAddress = DEFAULT_ADDRESS,
-    as_json: AsJson = False,
-) -> None:
-    """Point a channel at an artifact, or change its strength, share or switch.
-
-    Every node that watches the channel follows within a second. What is not named stays.
-    """
-    from steering_service.client.operator import Operator
-
-    if (artifact, strength, share, on) == (None, None, None, None):
-        raise typer.BadParameter(
-            "nothing to change: name an artifact, --strength, --share or --off"
-        )
-    with Operator(address) as operator:
-        entry = operator.promote(
-            channel,
-            artifact=artifact,
-            strength=strength,
-            enabled=on,
-            share=share,
-            reason=reason,
-            actor=actor or getpass.getuser(),
-            expected_revision=expect,
-        )
-    show(_plain(entry), as_json, f"Channel {channel}")
-
-
-@app.command()
+@app.command(rich_help_panel=DELIVERY)
 def serve(
     store: StoreUrl = DEFAULT_STORE,
-    address: ServiceAddress = DEFAULT_ADDRESS,
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address",
+            envvar="STEERAGE_ADDRESS",
+            help="HOST:PORT to listen on; port 0 takes a free one.",
+        ),
+    ] = DEFAULT_ADDRESS,
     trust: TrustPaths = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-cert", help="The service's certificate, with its chain.", rich_help_panel=_TLS
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option("--tls-key", help="The certificate's private key.", rich_help_panel=_TLS),
+    ] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--client-ca",
+            help="Certificates of who signs clients. Without it, callers need tokens.",
+            rich_help_panel=_TLS,
+        ),
+    ] = None,
+    access: Annotated[
+        Path | None,
+        typer.Option(
+            "--access",
+            metavar="ACCESS.toml",
+            help="Who may do what; examples/access.toml is one to start from.",
+            rich_help_panel=_TLS,
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics",
+            metavar="HOST:PORT",
+            help="Serve Prometheus metrics by HTTP here; loopback only, as it asks nobody who.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the steering service until Ctrl-C.
 
     It keeps no state but the store, so any number may run over one store, and logs JSON on stderr.
-    Without TLS, which comes with a later release, it listens on loopback addresses only. Port 0
-    takes a free one.
+    On loopback it needs nothing more. Any other address needs --tls-cert, --tls-key and --access:
+    nothing listens without authentication. Certificates and the access policy may be changed while
+    it runs; a broken new policy leaves the old one in force, and the log says so.
+
+    Example: steerage serve --store s3://bucket/steerage --address 0.0.0.0:7433 --trust
+    publisher.pub --tls-cert tls.crt --tls-key tls.key --client-ca ca.crt --access access.toml
     """
     from steering_service.core.signing import TrustRoots
     from steering_service.server.app import serve as run_server
@@ -171,66 +208,25 @@ def serve(
     def ready(bound: str) -> None:
         if as_json:
             print_json({"address": bound})
-        else:
+        elif stderr.is_terminal:
+            # Elsewhere stderr is a log of JSON, which says so itself.
             stderr.print(f"serving {store} on {bound}; Ctrl-C stops", highlight=False)
 
     run_server(
-        store, address, trust_roots=TrustRoots.from_paths(trust) if trust else None, ready=ready
+        store,
+        address,
+        trust_roots=TrustRoots.from_paths(trust) if trust else None,
+        tls_certificate=tls_cert,
+        tls_key=tls_key,
+        client_ca=client_ca,
+        access_policy=access,
+        metrics_address=metrics,
+        ready=ready,
     )
 
 
-@app.command()
-def watch(
-    channel: Channel, address: ServiceAddress = DEFAULT_ADDRESS, as_json: AsJson = False
-) -> None:
-    """Print a channel's state now and at every change, until Ctrl-C or the service ends."""
-    from steering_service.client.operator import Operator
-
-    with Operator(address) as operator:
-        for assignment in operator.watch(channel):
-            _print_line(asdict(assignment), as_json)
-
-
-@app.command()
-def log(
-    channel: Channel, address: ServiceAddress = DEFAULT_ADDRESS, as_json: AsJson = False
-) -> None:
-    """Print who changed a channel, when, how and why."""
-    from steering_service.client.operator import Operator
-
-    with Operator(address) as operator:
-        for entry in operator.history(channel):
-            _print_line(_plain(entry), as_json)
-
-
-@app.command(name="list")
-def list_artifacts(address: ServiceAddress = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
-    """List the published artifacts."""
-    from steering_service.client.operator import Operator
-
-    with Operator(address) as operator:
-        for digest in operator.list():
-            manifest = operator.manifest(digest).manifest
-            line = {
-                "artifact": digest,
-                "name": manifest.name,
-                "model": manifest.model.name,
-                "sites": [record.site for record in manifest.interventions],
-            }
-            if as_json:
-                print_json(line)
-            else:
-                sites = " ".join(record.site for record in manifest.interventions)
-                stdout.print(
-                    f"{digest}  {manifest.name}  {manifest.model.name}  {sites}",
-                    soft_wrap=True,
-                    markup=False,
-                )
-
-
-def publishing(artifact: Artifact, key: Path, *, store: str | None, address: str) -> None:
+def publishing(artifact: Artifact, key: Path, *, store: str | None, service: Service) -> None:
     """Sign and publish, through the service or (with a store) directly."""
-    from steering_service.client.operator import Operator
     from steering_service.core.signing import Signer
     from store.location import Location
     from store.registry import Registry
@@ -241,8 +237,9 @@ def publishing(artifact: Artifact, key: Path, *, store: str | None, address: str
             artifact.manifest_bytes, artifact.payload_bytes, signature
         )
         return
-    with Operator(address) as operator:
-        operator.publish(artifact, signature)
+    size = len(artifact.payload_bytes)
+    with service.operator() as operator, transfer("publish", size) as sent:
+        operator.publish(artifact, signature, on_sent=sent)
 
 
 def artifact_summary(artifact: Artifact) -> dict[str, Any]:
@@ -259,24 +256,3 @@ def artifact_summary(artifact: Artifact) -> dict[str, Any]:
         "max_strength": manifest.policy.max_strength,
         "bytes": len(artifact.payload_bytes),
     }
-
-
-def _plain(entry: Any) -> dict[str, Any]:
-    values = asdict(entry)
-    values["time"] = entry.time.isoformat()
-    return values
-
-
-def _print_line(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(values)
-        return
-    artifact = (values["artifact"] or "none")[:12]
-    state = "on " if values["enabled"] else "off"
-    line = (
-        f"{values['channel']} r{values['revision']}  {state}  artifact {artifact}  "
-        f"strength {values['strength']:g}  share {values['share']:.0%}"
-    )
-    if "actor" in values:
-        line += f"  {values['time'][:19]}Z  {values['actor']}: {values['reason'] or '(no reason)'}"
-    stdout.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,12 +15,14 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 if TYPE_CHECKING:
@@ -92,13 +96,14 @@ RayAddress = Annotated[
         "--ray", help="A Ray cluster, such as 'auto'. Without it, a local Ray is started."
     ),
 ]
-ServiceAddress = Annotated[
-    str,
-    typer.Option("--address", envvar="STEERAGE_ADDRESS", help="HOST:PORT of the steering service."),
+TrustPaths = Annotated[
+    list[Path] | None,
+    typer.Option("--trust", help="Public key, or folder of them, that is trusted; repeatable."),
 ]
+Channel = Annotated[str, typer.Argument(help="Name of the channel, such as 'refusal'.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 DEFAULT_STORE = "steerage-store"
-DEFAULT_ADDRESS = "127.0.0.1:7433"
 
 stderr = Console(stderr=True)
 stdout = Console()
@@ -141,6 +146,64 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def line(text: str, *, style: str | None = None) -> None:
+    """One line of stdout as it is: never wrapped, cut or coloured by its words.
+
+    A digest or a path that is cut cannot be copied, and what others wrote is no markup.
+    """
+    stdout.print(printable(text), style=style, soft_wrap=True, markup=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text on one line, without what could move a terminal's cursor: others have written it."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def count_text(number: int, noun: str) -> str:
+    """`1 object`, `2 objects`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes for people, such as `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} GiB"
+
+
+def age_text(seconds: float) -> str:
+    """How long ago, in one unit: `4s`, `12m`, `3h`, `5d`."""
+    seconds = max(seconds, 0.0)
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
+def time_text(time: datetime) -> str:
+    """A time in UTC to the second, as RFC 3339 has it."""
+    return f"{time.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask on the terminal before something that cannot be taken back; without one, demand `--yes`.
+
+    Raises:
+        Exit: The answer was no.
+        BadParameter: There is nobody to ask.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("there is no terminal to ask on; give --yes")
+    # Not on stdout, where results go.
+    if not typer.confirm(question, err=True):
+        stderr.print("nothing was changed", highlight=False)
+        raise typer.Exit(1)
+
+
 def where(location: Location) -> str:
     """A location as a user would name it: a path on this machine, or a URL."""
     return str(location.local_path() or location.url)
@@ -162,6 +225,26 @@ def progress(label: str, total: int | None) -> Iterator[tuple[Progress, Any]]:
         disable=not stderr.is_terminal,
     ) as bar:
         yield bar, bar.add_task(label, total=total, note="")
+
+
+@contextmanager
+def transfer(label: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr of bytes that travel; nothing where stderr is no terminal.
+
+    Yields:
+        To be called with the number of bytes that have arrived so far, all together.
+    """
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        disable=not stderr.is_terminal,
+    ) as bar:
+        task = bar.add_task(label, total=num_bytes)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def present(device: str) -> str:

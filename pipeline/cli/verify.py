@@ -12,11 +12,13 @@ import typer
 from rich.markup import escape
 
 from pipeline.cli.app import app
+from pipeline.cli.auditing import audit_registry, print_audit
 from pipeline.cli.batch import planning
 from pipeline.cli.options import (
     DEFAULT_STORE,
     AsJson,
     StoreUrl,
+    TrustPaths,
     print_json,
     progress,
     stdout,
@@ -39,17 +41,22 @@ def verify(
         typer.Argument(
             metavar="[DIGEST|RUN.toml]...",
             help="Caches to check, by digest (its first digits are enough) or run file. All of the "
-            "store, when none is named.",
+            "store, registry and channels too, when none is named.",
         ),
     ] = None,
     store: StoreUrl = DEFAULT_STORE,
+    trust: TrustPaths = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read activation caches and compare every byte of the arrays with what was recorded.
+    """Read all that lies in a store and compare every byte with what was recorded.
 
-    Names each damaged shard and leaves a mark of it, so that `steerage extract` on the cache's run
-    file computes exactly those again. Exits with 1 where something is damaged. Safe while other
-    commands work on the store.
+    Activation caches: names each damaged shard and leaves a mark of it, so that `steerage extract`
+    on the cache's run file computes exactly those again. Registry and channels: digests and sizes
+    of artifacts and payloads, the hash chain of every channel's log, proposals, revocation lists;
+    with --trust also that trusted keys have signed them. Exits with 1 where something is damaged.
+    Safe while services and other commands work on the store.
+
+    Example: steerage verify --store s3://bucket/steerage --trust publisher.pub
     """
     from store.location import Location
 
@@ -57,11 +64,15 @@ def verify(
     digests = _digests(root, caches or [], store)
     start = time.perf_counter()
     reports = [_check(root, digest) for digest in digests]
-    is_sound = not any(report["problems"] for report in reports)
+    # A cache that is named is asked about; nothing named is everything.
+    registry = None if caches else audit_registry(root, trust or ())
+    walked = [*reports, *([registry] if registry else [])]
+    is_sound = not any(report["problems"] for report in walked)
     summary = {
         "sound": is_sound,
         "caches": reports,
-        "bytes": sum(report["bytes"] for report in reports),
+        "registry": registry,
+        "bytes": sum(report["bytes"] for report in walked),
         "seconds": round(time.perf_counter() - start, 3),
     }
     if as_json:
@@ -199,6 +210,8 @@ def _print(summary: dict[str, Any], store: str) -> None:
                 "  [yellow]not marked for repair[/], so `steerage extract` will repair only what "
                 f"is gone or cut off: {escape(report['unmarked'])}"
             )
+    if summary["registry"]:
+        print_audit(summary["registry"])
     _line(
         f"{len(summary['caches'])} caches in {escape(store)}, {summary['bytes']:,} bytes read in "
         f"{summary['seconds']:.1f} s"

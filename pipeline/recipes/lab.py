@@ -30,6 +30,7 @@ from pipeline.reduction.methods import Method
 from pipeline.reduction.reduce import reduce
 from pipeline.reduction.results import Reduction
 from steering_service.adapters.transformers import Steering, fits, steered
+from steering_service.client.channel import Proposal
 from steering_service.client.operator import Operator
 from steering_service.client.subscription import Subscription
 from steering_service.core.artifact import Artifact, ModelReference, Policy, build
@@ -208,7 +209,11 @@ class Delivered:
             yield steering
 
     def promote(self, strength: float, *, enabled: bool, reason: str) -> int:
-        """Change the channel; returns the revision."""
+        """Change the channel; returns the revision.
+
+        Raises:
+            GateRefused: The channel asks for a second person's approval.
+        """
         entry = self.lab.operator.promote(
             self.subscription.channel,
             artifact=self.artifact.digest,
@@ -218,6 +223,12 @@ class Delivered:
             actor=self.actor,
             reason=reason,
         )
+        if isinstance(entry, Proposal):
+            raise GateRefused(
+                f"channel {self.subscription.channel!r} asks for a second person (proposal "
+                f"{entry.id}), and a measurement cannot wait for one; use a channel of its own",
+                kind="lab_channel",
+            )
         return entry.revision
 
     def sweep(

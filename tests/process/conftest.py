@@ -20,7 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pyarrow.fs
 import pytest
+
+# pytest's importlib mode puts no folder of tests on the path; the helpers beside this file, and the
+# certificates of the service's tests:
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "service")]
+
+import radosgw
+from delivery import Publisher, Replica, environment
 
 NUM_PAIRS = 1792
 TIMEOUT_S = 400
@@ -341,3 +349,54 @@ def start_cluster() -> Iterator[Callable[[int], Cluster]]:
     yield start
     for cluster in clusters:
         cluster.end()
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[radosgw.RadosGateway]:
+    """A real S3 server with a bucket `steerage`."""
+    if absent := radosgw.missing():
+        pytest.skip(f"needs radosgw: {', '.join(absent)} are not installed")
+    gateway = radosgw.RadosGateway(tmp_path_factory.mktemp("rgw"))
+    try:
+        pyarrow.fs.S3FileSystem(
+            access_key=radosgw.KEY,
+            secret_key=radosgw.SECRET,
+            endpoint_override=gateway.endpoint,
+            allow_bucket_creation=True,
+        ).create_dir("steerage")
+        yield gateway
+    finally:
+        gateway.stop()
+
+
+@pytest.fixture
+def bucket(gateway: radosgw.RadosGateway) -> Iterator[str]:
+    """URL of an empty place in the bucket; this process and what it starts have its credentials."""
+    with environment(gateway.environment):
+        yield f"s3://steerage/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def publisher(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
+    return Publisher(tmp_path_factory.mktemp("keys") / "publisher")
+
+
+@pytest.fixture
+def start_replica(tmp_path: Path, publisher: Publisher) -> Iterator[Callable[..., Replica]]:
+    """Start service processes over one store; they trust the publisher and end with the test."""
+    replicas: list[Replica] = []
+
+    def start(store: str | None = None, **options: object) -> Replica:
+        replica = Replica(
+            store or str(tmp_path / "store"),
+            tmp_path / f"replica-{len(replicas)}.log",
+            (str(publisher.public_key),),
+        )
+        replica.options |= options
+        replicas.append(replica)
+        return replica.start()
+
+    yield start
+    for replica in replicas:
+        if replica.process is not None and replica.alive:
+            replica.kill()
