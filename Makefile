@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help demo repro test lint types contracts unit test-faults bench-real bench-peers bench-extraction \
-	bench-reduce protos pins clean
+.PHONY: help demo repro test lint types contracts unit test-faults fuzz bench-real bench-peers bench-extraction \
+	bench-reduce bench-service protos pins clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -51,6 +51,17 @@ unit: $(VENV)/.dev  ## Tests, without the slow ones
 test-faults: $(VENV)/.dev  ## Kill -9 and the whole demo, on real processes (minutes)
 	$(BIN)/pytest -m faults --timeout 1200
 
+.venv-fuzz/.ready: pyproject.toml constraints.txt
+	@echo "installing atheris and steerage[server] into .venv-fuzz (once; a minute)"
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/pip --disable-pip-version-check --quiet install \
+		--constraint constraints.txt --editable '.[server]' atheris==3.0.0
+	@touch $@
+
+FUZZ_SECONDS ?= 30
+fuzz: .venv-fuzz/.ready  ## Fuzz everything that is parsed, FUZZ_SECONDS=30 each
+	.venv-fuzz/bin/python tests/fuzz/fuzz.py --all $(FUZZ_SECONDS)
+
 STEERAGE_SHARED ?= ../shared
 bench-real: $(VENV)/.demo  ## A real model and a real data set; wants STEERAGE_SHARED=FOLDER
 	$(BIN)/python benchmarks/real_input.py --model $(STEERAGE_SHARED)/models/stories260K \
@@ -78,6 +89,9 @@ bench-extraction: $(VENV)/.demo bench-peers  ## Extraction beside its peers (an 
 
 bench-reduce: $(VENV)/.demo .venv-bench-reduce/.ready  ## Reduction beside its peers (half an hour, 30 GB of disk)
 	$(BIN)/python benchmarks/reduction.py --out benchmarks/results/reduction.json
+
+bench-service: $(VENV)/.demo  ## The service beside a bare gRPC server (ten minutes)
+	$(BIN)/python benchmarks/service.py --out benchmarks/results/service.json
 
 protos: $(VENV)/.dev  ## Generate the gRPC stubs anew
 	$(BIN)/python protos/generate.py

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -11,11 +13,16 @@ from pathlib import Path
 
 BINARIES = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool")
 KEY, SECRET = "steerage-test-key", "steerage-test-secret"
+ATTEMPTS = 3
 
 
 def missing() -> list[str]:
     """Programs that are not installed."""
     return [name for name in BINARIES if shutil.which(name) is None]
+
+
+class Ended(Exception):
+    """A daemon ended while it was waited for."""
 
 
 class RadosGateway:
@@ -27,9 +34,23 @@ class RadosGateway:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._monitor, self._gateway = _free_port(), _free_port()
+        for attempt in range(ATTEMPTS):
+            # Somebody else may take a port between our choosing it and a daemon's binding it.
+            self._folder = folder / str(attempt)
+            self._folder.mkdir()
+            self._monitor, self._gateway = _free_ports(2)
+            try:
+                self._start()
+            except (subprocess.SubprocessError, OSError, Ended):
+                self.stop()
+                if attempt == ATTEMPTS - 1:
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+            else:
+                break
         self.endpoint = f"http://127.0.0.1:{self._gateway}"
         self.environment = {
             "AWS_ACCESS_KEY_ID": KEY,
@@ -38,16 +59,30 @@ class RadosGateway:
             "AWS_ALLOW_HTTP": "true",
             "AWS_REGION": "us-east-1",
         }
-        try:
-            self._start()
-        except BaseException:
-            self.stop()
-            raise
 
     def stop(self) -> None:
         for process in reversed(self._processes):
-            process.kill()
+            process.kill()  # also one that is frozen
             process.wait()
+        self._processes.clear()
+
+    def freeze(self) -> None:
+        """The gateway answers nothing, and its connections stay open."""
+        self._processes[-1].send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._processes[-1].send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """kill -9 of the gateway; what is in the bucket stays."""
+        process = self._processes.pop()
+        process.kill()
+        process.wait()
+
+    def restart(self) -> None:
+        """After `kill`."""
+        self._daemon("radosgw", "-n", "client.admin", "-f")
+        self._until(self._listens)
 
     def _start(self) -> None:
         folder = self._folder
@@ -75,7 +110,7 @@ mon_data = {folder}/mon
 osd_data = {folder}/osd
 rgw_data = {folder}/rgw
 keyring = {folder}/keyring
-rgw_frontends = beast endpoint=127.0.0.1:{self._gateway}
+rgw_frontends = beast endpoint=127.0.0.1:{self._gateway} tcp_nodelay=1
 rgw_enable_usage_log = false
 """
         )
@@ -113,6 +148,8 @@ rgw_enable_usage_log = false
     def _until(self, attempt: object, timeout_s: float = 90.0) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
+            if any(process.poll() is not None for process in self._processes):
+                raise Ended([process.args for process in self._processes])
             try:
                 attempt()  # type: ignore[operator]
             except (subprocess.SubprocessError, OSError):
@@ -144,8 +181,10 @@ rgw_enable_usage_log = false
         )
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        # All bound at once, so that they differ.
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]

@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import pytest
 
 from store.location import Location
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
-
-
-def _radosgw() -> Any:
-    path = Path(__file__).with_name("radosgw.py")
-    spec = importlib.util.spec_from_file_location("radosgw", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a bucket; this process and what it starts have its credentials."""
-    radosgw = _radosgw()
-    if absent := radosgw.missing():
-        pytest.skip(f"needs radosgw: {', '.join(absent)} are not installed")
-    gateway = radosgw.RadosGateway(tmp_path_factory.mktemp("rgw"))
-    before = dict(os.environ)
-    os.environ.update(gateway.environment)
-    try:
-        pyarrow.fs.S3FileSystem(
-            access_key=radosgw.KEY,
-            secret_key=radosgw.SECRET,
-            endpoint_override=gateway.endpoint,
-            allow_bucket_creation=True,
-        ).create_dir("steerage")
-        yield "s3://steerage"
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        gateway.stop()
 
 
 def steerage(*arguments: str) -> subprocess.CompletedProcess[str]:
