@@ -19,6 +19,9 @@ from steering_service.client.fetch import fetch_artifact
 from steering_service.client.subscription import Subscription
 from steering_service.v1 import artifact_pb2, watch_pb2
 
+# Half a minute of full load.
+pytestmark = pytest.mark.faults
+
 WATCH = "/steering_service.v1.WatchService/Watch"
 DOWNLOAD = "/steering_service.v1.ArtifactService/Download"
 PUBLISH = "/steering_service.v1.ArtifactService/Publish"
@@ -96,7 +99,6 @@ def honest(target, tmp_path):
         assert longest[0] < 10
 
 
-@pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_ten_thousand_half_open_streams(make_target, tmp_path):
     """Half of them say nothing at all, half subscribe and never read."""
@@ -140,7 +142,6 @@ def test_ten_thousand_half_open_streams(make_target, tmp_path):
     assert victim.replica.healthy()
 
 
-@pytest.mark.faults
 @pytest.mark.timeout(120)
 def test_downloads_that_are_never_read(victim, tmp_path):
     item = make_artifact(1, width=4_000_000)  # 16 MB

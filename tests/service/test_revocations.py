@@ -306,7 +306,7 @@ def test_the_first_publish_waits_for_the_list(tmp_path, publisher, artifact):
             trust_roots=publisher.roots,
             max_payload_bytes=1 << 20,
         )
-        await publishing.publish(requests(), Identities().anybody())
+        await publishing.publish(requests(), Identities().anybody(), "localhost")
 
     with pytest.raises(Refused) as caught:
         asyncio.run(run())
