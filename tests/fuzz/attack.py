@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import grpc
-from delivery import WHO, Publisher, Replica, contents, make_artifact, pss_bytes
+from delivery import WHO, Replica, contents, make_artifact, pss_bytes
+from publishers import Publisher
 
 from steering_service.core.artifact import Artifact
 from steering_service.core.wire import KIND_METADATA

@@ -10,10 +10,12 @@ import pytest
 
 # pytest's importlib mode puts no folder of tests on the path; the helpers of these tests:
 sys.path.append(str(Path(__file__).parents[1] / "process"))
+sys.path.append(str(Path(__file__).parents[1] / "service"))
 sys.path.append(str(Path(__file__).parent))
 
 from attack import Target
-from delivery import Publisher, Replica
+from delivery import Replica
+from publishers import Publisher
 
 
 @pytest.fixture(scope="session")

@@ -50,10 +50,11 @@ from steering_service.core.wire import check_node_id
 from steering_service.server.board import Board, NodeState, dump_board, load_board
 from steering_service.server.policy import Patterns, parse_policy
 from steering_service.v1 import artifact_pb2
+from store.backend import check_key
 from store.channels import ChannelEntry, ChannelLog
 from store.errors import StoreError
 from store.layout import StreamLayout
-from store.location import Location, check_key
+from store.location import Location
 from store.proposals import Proposal, Proposals
 from store.records import CommitRecord, CompleteMarker, DamageMark, QuarantineRecord, parse_record
 from store.registry import Registry

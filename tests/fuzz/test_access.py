@@ -10,7 +10,8 @@ import time
 import grpc
 import pytest
 from attack import DOCUMENTED, send
-from delivery import Publisher, Replica, contents, make_artifact, pss_bytes
+from delivery import Replica, contents, make_artifact, pss_bytes
+from publishers import Publisher
 
 from steering_service.v1 import artifact_pb2, channel_pb2, node_pb2, watch_pb2
 

@@ -13,7 +13,9 @@ import grpc
 import grpc.aio
 import pytest
 from attack import DOCUMENTED, MIB
-from delivery import FINGERPRINT, WHO, eventually, make_artifact, pss_bytes
+from delivery import WHO, make_artifact, pss_bytes
+from publishers import FINGERPRINT
+from waiting import eventually
 
 from steering_service.client.fetch import fetch_artifact
 from steering_service.client.subscription import Subscription

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 
 import grpc
 import pytest
-from delivery import FINGERPRINT, Publisher, eventually, make_artifact
+from delivery import make_artifact
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from publishers import FINGERPRINT, Publisher
+from waiting import eventually
 from wire import ODD_NAMES, ODD_NUMBERS, mangled
 
 from steering_service.client.subscription import Subscription

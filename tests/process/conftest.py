@@ -28,7 +28,8 @@ import pytest
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "service")]
 
 import radosgw
-from delivery import Publisher, Replica, environment
+from delivery import Replica, environment
+from publishers import Publisher
 
 NUM_PAIRS = 1792
 TIMEOUT_S = 400

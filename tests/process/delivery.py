@@ -16,23 +16,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
+import publishers
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from steering_service.client.operator import Operator
-from steering_service.core.artifact import Artifact, ModelReference, Policy, build
-from steering_service.core.direction import Direction
 from steering_service.core.errors import SteeringError
-from steering_service.core.intervention import Intervention
-from steering_service.core.signing import Signer, TrustRoots, generate_key
-from steering_service.core.site import Site
 from store.location import Location
 
-FINGERPRINT = "a" * 64
 WHO = {"actor": "ada", "reason": "a test"}
 START_S = 60
 # What `steerage serve` has no flags for: tests cannot wait for its usual times.
@@ -103,50 +98,7 @@ class Replica:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-@dataclass
-class Publisher:
-    """A key pair and what it signs."""
-
-    folder: Path
-    signer: Signer = field(init=False)
-    public_key: Path = field(init=False)
-    roots: TrustRoots = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
-        self.public_key = self.folder / "key.pub"
-        generate_key(self.folder / "key.pem", self.public_key)
-        self.signer = Signer.from_file(self.folder / "key.pem")
-        self.roots = TrustRoots.from_paths([self.public_key])
-
-    def sign(self, artifact: Artifact) -> bytes:
-        return self.signer.sign(artifact.manifest_bytes)
-
-    def publish(self, operator: Operator, artifact: Artifact) -> str:
-        return operator.publish(artifact, self.sign(artifact))
-
-
-def make_artifact(
-    seed: int = 0, *, width: int = 64, fingerprint: str = FINGERPRINT, limit: float = 1000.0
-) -> Artifact:
-    """One random direction of `width` float32; `limit` bounds its strength on both sides."""
-    vector_D = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
-    direction = Direction(Site("resid_post", 3), vector_D, 1.5, 9.0, "difference_of_means")
-    return build(
-        [Intervention(direction)],
-        name=f"artifact {seed}",
-        model=ModelReference(name="pocket", fingerprint=fingerprint),
-        policy=Policy(min_strength=-limit, max_strength=limit),
-    )
-
-
-def eventually(condition: Callable[[], Any], timeout_s: float, what: str = "") -> Any:
-    """Wait until `condition` gives something true, and return it."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what or condition}"
-        time.sleep(0.02)
-    return found
+make_artifact = partial(publishers.make_artifact, limit=1000.0)
 
 
 def persist(action: Callable[[], Any], timeout_s: float = 60.0) -> Any:

@@ -7,7 +7,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from delivery import FINGERPRINT, WHO, Reader, eventually, make_artifact, persist
+from delivery import WHO, Reader, make_artifact, persist
+from publishers import FINGERPRINT
+from waiting import eventually
 
 from steering_service.client.connection import Connection
 from steering_service.client.subscription import Subscription

@@ -13,7 +13,9 @@ import uuid
 
 import pytest
 from certificates import Authority
-from delivery import FINGERPRINT, SERVE, TIMES, WHO, Reader, eventually, make_artifact
+from delivery import SERVE, TIMES, WHO, Reader, make_artifact
+from publishers import FINGERPRINT
+from waiting import eventually
 
 from steering_service.client.credentials import Credentials
 from steering_service.client.operator import Operator

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
-from delivery import FINGERPRINT, WHO, Reader, eventually, make_artifact
+from delivery import WHO, Reader, make_artifact
 from network import FINE, Fault, Proxy
+from publishers import FINGERPRINT
+from waiting import eventually
 
 from steering_service.client.subscription import Subscription
 from steering_service.v1 import artifact_pb2, artifact_pb2_grpc, watch_pb2, watch_pb2_grpc

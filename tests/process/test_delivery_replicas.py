@@ -12,7 +12,9 @@ import time
 from collections import Counter
 
 import pytest
-from delivery import FINGERPRINT, WHO, eventually, make_artifact
+from delivery import WHO, make_artifact
+from publishers import FINGERPRINT
+from waiting import eventually
 
 from steering_service.client.fetch import fetch_artifact
 from steering_service.client.operator import Operator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import signal
 import socket
@@ -12,20 +11,19 @@ import sys
 import threading
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from steering_service.client.operator import Operator
-from steering_service.core.artifact import Artifact, ModelReference, Policy, build
-from steering_service.core.direction import Direction
-from steering_service.core.intervention import Intervention
-from steering_service.core.signing import Signer, TrustRoots, generate_key
-from steering_service.core.site import Site
+# pytest's importlib mode puts no folder of tests on the path; the helpers beside this file:
+sys.path.append(str(Path(__file__).parent))
 
-FINGERPRINT = "a" * 64
+import secure
+from publishers import Publisher, make_artifact
+
+from steering_service.client.operator import Operator
+
 # What `steerage serve` has no flags for: tests cannot wait for its usual times.
 SERVE = """
 import sys
@@ -66,40 +64,6 @@ class Service:
 
     def operator(self) -> Operator:
         return Operator(self.address)
-
-
-@dataclass
-class Publisher:
-    """A key pair and what it signs."""
-
-    folder: Path
-    signer: Signer = field(init=False)
-    public_key: Path = field(init=False)
-    roots: TrustRoots = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
-        self.public_key = self.folder / "key.pub"
-        generate_key(self.folder / "key.pem", self.public_key)
-        self.signer = Signer.from_file(self.folder / "key.pem")
-        self.roots = TrustRoots.from_paths([self.public_key])
-
-    def publish(self, operator: Operator, artifact: Artifact) -> str:
-        return operator.publish(artifact, self.signer.sign(artifact.manifest_bytes))
-
-
-def make_artifact(
-    seed: int = 0, *, width: int = 64, fingerprint: str = FINGERPRINT, limit: float = 2.0
-) -> Artifact:
-    """An artifact of one random direction; `limit` bounds its strength on both sides."""
-    vector_D = np.random.default_rng(seed).standard_normal(width).astype(np.float32)
-    direction = Direction(Site("resid_post", 3), vector_D, 1.5, 9.0, "difference_of_means")
-    return build(
-        [Intervention(direction)],
-        name=f"artifact {seed}",
-        model=ModelReference(name="pocket", fingerprint=fingerprint),
-        policy=Policy(min_strength=-limit, max_strength=limit),
-    )
 
 
 class CutProxy:
@@ -224,15 +188,5 @@ def channel():
     return f"test-{uuid.uuid4().hex[:12]}"
 
 
-def _secure():
-    path = Path(__file__).with_name("secure.py")
-    spec = importlib.util.spec_from_file_location("secure", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["secure"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 # Fixtures: services that know their callers.
-secure = _secure()
 pki, guarded, guarded_once = secure.pki, secure.guarded, secure.guarded_once

@@ -1,4 +1,4 @@
-"""Services with certificates, tokens and policies, as real processes. Loaded by conftest.py.
+"""Services with certificates, tokens and policies, as real processes.
 
 def test_something(guarded, pki):
     service = guarded(POLICY, tls=True)
@@ -8,30 +8,15 @@ def test_something(guarded, pki):
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import certificates
 import grpc
 import pytest
-
-
-def load(name: str):
-    """A module beside this one; the folder is no package."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-certificates = load("certificates")
 
 SERVE = """
 import json, logging, sys
@@ -54,15 +39,6 @@ def entry(name: str, role: str, token: str | None = None) -> str:
     """An identity of the policy, whose bearer token is its name unless told."""
     digest = sha256(name if token is None else token)
     return f'[[identity]]\nname = "{name}"\ntoken_sha256 = "{digest}"\nroles = ["{role}"]\n'
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 15.0) -> object:
-    """The condition's value, once it is true."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.05)
-    return value
 
 
 @dataclass

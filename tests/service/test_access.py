@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-
 import grpc
 import pytest
+import secure
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import eventually
 
 from steering_service.core.errors import InvalidInput, Refused
 from steering_service.core.wire import KIND_METADATA
@@ -31,8 +31,6 @@ from steering_service.v1 import (
     node_pb2,
     watch_pb2,
 )
-
-secure = sys.modules["secure"]
 
 READ = {"reader", "publisher", "operator"}
 LOOK = READ | {"auditor"}
@@ -255,7 +253,7 @@ def test_a_changed_policy_counts_without_a_restart(guarded):
             ]
 
         changed = [grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED]
-        secure.wait_for(lambda: codes() == changed)
+        eventually(lambda: codes() == changed)
         assert len(service.events("access policy reread")) == 1
 
 
@@ -274,10 +272,10 @@ def test_a_broken_policy_keeps_the_old_one(guarded, broken):
             service.policy_file.unlink()
         else:
             service.policy_file.write_text(broken)
-        (event,) = secure.wait_for(asked)
+        (event,) = eventually(asked)
         assert (event["level"], event["kind"]) == ("ERROR", "access_policy")
         service.policy_file.write_text(POLICY + "[limits]\nburst = 5000\n")
-        secure.wait_for(lambda: asked() and service.events("access policy reread"))
+        eventually(lambda: asked() and service.events("access policy reread"))
         assert len(asked()) == 1
 
 
@@ -293,7 +291,7 @@ def test_tokens_never_reach_the_log(service):
             if (event["caller"], event["kind"]) == ("reader", "access_role")
         ]
 
-    event = secure.wait_for(refused)[-1]
+    event = eventually(refused)[-1]
     assert {"method", "code", "duration_s"} <= event.keys()
     assert "a-secret-token" not in service.log.read_text()
 

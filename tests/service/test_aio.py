@@ -6,12 +6,12 @@ import asyncio
 import time
 
 import pytest
+from publishers import FINGERPRINT
 
 from steering_service.client.aio import AsyncSubscription
 from steering_service.core.errors import InvalidInput
 
 WHO = {"actor": "ada", "reason": "a test"}
-FINGERPRINT = "a" * 64
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from pathlib import Path
 
 import pytest
+from publishers import FINGERPRINT
+from waiting import eventually
 
 from steering_service.client.connection import Connection
 from steering_service.client.credentials import Credentials
@@ -15,7 +16,6 @@ from steering_service.client.operator import Operator
 from steering_service.client.subscription import Subscription
 from steering_service.core.errors import InvalidInput, NotFound, Refused, Unavailable
 
-FINGERPRINT = "a" * 64
 TOKEN = "t0ken-of-bob"
 POLICY = f"""
 [[identity]]
@@ -33,13 +33,6 @@ name = "bob"
 token_sha256 = "{hashlib.sha256(TOKEN.encode()).hexdigest()}"
 roles = ["publisher", "operator", "reader"]
 """
-
-
-def eventually(condition, timeout_s=15.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "condition did not come true in time"
-        time.sleep(0.02)
 
 
 def shown(pki, pair, **options):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import uuid
 
 import pytest
+from waiting import eventually
 
 from steering_service.client.channel import ChannelEntry, Proposal
 from steering_service.client.credentials import Credentials
@@ -96,7 +96,7 @@ def signed(publisher, serial, **changes):
 def set_policy(people, policy, taken):
     """Change the policy, and wait until it counts."""
     people.service.policy_file.write_text(policy)
-    sys.modules["secure"].wait_for(taken)
+    eventually(taken)
 
 
 def test_a_floor_holds_for_what_a_rollback_restores(people, publisher, artifact):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import queue
-import sys
 import urllib.request
 import uuid
 
 import grpc
 import pytest
+import secure
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import eventually
 
 from steering_service.client.operator import Operator
 from steering_service.core.errors import NotFound, SteeringError
 from steering_service.server import metrics
 from steering_service.v1 import channel_pb2, channel_pb2_grpc, watch_pb2, watch_pb2_grpc
-
-secure = sys.modules["secure"]
 
 
 def scrape(service):
@@ -52,7 +51,7 @@ def test_calls_are_counted_by_method_and_code(service):
             ("steerage_rpcs_total", ("code", code), ("method", method)), 0
         )
 
-    secure.wait_for(lambda: count("GetChannel", "NOT_FOUND") == 2)
+    eventually(lambda: count("GetChannel", "NOT_FOUND") == 2)
     assert count("ListChannels", "OK") == 3
     found = samples(scrape(service))
     name = "/steering_service.v1.ChannelService/ListChannels"
@@ -122,10 +121,10 @@ def test_what_nodes_report_is_counted(service):
             ("steerage_node_requests_total", prod): 5,
             ("steerage_node_steered_requests_total", prod): 3,
         }
-        secure.wait_for(lambda: expected.items() <= samples(scrape(service)).items())
+        eventually(lambda: expected.items() <= samples(scrape(service)).items())
         answers.put(None)
         stream.cancel()
-    secure.wait_for(lambda: samples(scrape(service))[("steerage_watchers",)] == 0)
+    eventually(lambda: samples(scrape(service))[("steerage_watchers",)] == 0)
     assert "node-with-a-name" not in scrape(service)
 
 

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import rfc8785
 import safetensors.numpy
+from publishers import FINGERPRINT
+from waiting import eventually
 
 from steering_service.client.connection import Connection
 from steering_service.client.disk import try_lock
@@ -37,14 +39,6 @@ from store.location import Location
 from store.registry import Registry
 
 WHO = {"actor": "ada", "reason": "a test"}
-FINGERPRINT = "a" * 64
-
-
-def eventually(condition, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "condition did not come true in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
+from publishers import FINGERPRINT
 from securesystemslib.dsse import Envelope
+from waiting import eventually
 
 from steering_service.client.active import UNSTEERED
 from steering_service.client.channel import Assignment
@@ -27,14 +29,6 @@ from store.channels import ChannelLog
 from store.location import Location
 
 WHO = {"actor": "ada", "reason": "a test"}
-FINGERPRINT = "a" * 64
-
-
-def eventually(condition, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "condition did not come true in time"
-        time.sleep(0.02)
 
 
 def a_list(serial, *artifacts, keys=(), floors=None):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import resource
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import secure
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import eventually
 
 from steering_service.core.errors import InvalidInput
 from steering_service.server import identities, metrics
@@ -17,7 +18,6 @@ from steering_service.server.access import ChannelRule, Unauthenticated
 from steering_service.server.identities import Identities
 from steering_service.server.policy import Role, parse_policy
 
-secure = sys.modules["secure"]
 POLICY = "".join(secure.entry(role, role) for role in Role)
 
 
@@ -38,13 +38,13 @@ def test_a_policy_that_could_not_be_read_is_read_again(tmp_path, monkeypatch, ca
     # The process has no file descriptor left; a file is still looked at.
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
-        secure.wait_for(lambda: look() and tries.get() >= before + 3)
+        eventually(lambda: look() and tries.get() >= before + 3)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(look()) == 1  # told once, tried again and again
     assert known.by_token("old").name == "old"
     before = known.version(time.monotonic())
-    secure.wait_for(lambda: known.version(time.monotonic()) is not before)
+    eventually(lambda: known.version(time.monotonic()) is not before)
     assert known.by_token("latecomer").name == "latecomer"
 
 

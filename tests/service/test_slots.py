@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from contextlib import AsyncExitStack
 
 import grpc
 import pytest
+import secure
+from waiting import eventually
 
 from steering_service.client.credentials import Credentials
 from steering_service.client.operator import Operator
@@ -17,7 +18,6 @@ from steering_service.server import slots
 from steering_service.server.slots import Slots
 from steering_service.v1 import artifact_pb2
 
-secure = sys.modules["secure"]
 DOWNLOAD = "/steering_service.v1.ArtifactService/Download"
 
 
@@ -134,6 +134,6 @@ def test_downloads_that_are_not_read_keep_their_slots_and_nobody_elses(
         assert whole(another, "honest") is True
         # As soon as one ends, there is room.
         unread[0].cancel()
-        secure.wait_for(lambda: whole(another, "hostile") is True)
+        eventually(lambda: whole(another, "hostile") is True)
         for call in unread:
             call.cancel()

@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from concurrent import futures
 from contextlib import contextmanager, nullcontext
 
 import grpc
 import pytest
+from publishers import FINGERPRINT
+from waiting import eventually
 
 from steering_service.client.active import UNSTEERED, Active, Deployment, identity_of
 from steering_service.client.channel import Assignment, rollout_point
@@ -24,14 +25,6 @@ from store.channels import ChannelLog
 from store.location import Location
 
 WHO = {"actor": "ada", "reason": "a test"}
-FINGERPRINT = "a" * 64
-
-
-def eventually(condition, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "condition did not come true in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture

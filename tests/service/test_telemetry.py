@@ -8,6 +8,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from publishers import FINGERPRINT
 
 from steering_service.client.active import Deployment
 from steering_service.client.subscription import Subscription
@@ -15,7 +16,6 @@ from steering_service.client.telemetry import MAX_DEPLOYMENTS, Counters, Telemet
 from steering_service.core.errors import InvalidInput
 
 WHO = {"actor": "ada", "reason": "a test"}
-FINGERPRINT = "a" * 64
 NAMES = list(Counters.__dataclass_fields__)
 
 

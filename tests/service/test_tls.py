@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-import sys
 import time
 
 import grpc
 import pytest
+import secure
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from waiting import eventually
 
 from steering_service.client.credentials import Credentials
 from steering_service.client.operator import Operator
@@ -20,8 +21,6 @@ from steering_service.core.wire import KIND_METADATA
 from steering_service.server.app import serve
 from steering_service.server.tls import ServerTls
 from steering_service.v1 import channel_pb2, channel_pb2_grpc
-
-secure = sys.modules["secure"]
 
 POLICY = f"""
 [[identity]]
@@ -233,7 +232,7 @@ def test_a_certificate_that_expires_ends_what_it_opened(guarded, pki):
     expires = time.time() + 4
     with service.channel(pair) as channel:
         assert channels(channel)[0] is grpc.StatusCode.OK
-        secure.wait_for(lambda: time.time() > expires)
+        eventually(lambda: time.time() > expires)
         assert channels(channel)[:2] == (
             grpc.StatusCode.UNAUTHENTICATED,
             "certificate_expired",

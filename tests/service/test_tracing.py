@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import grpc
 import pytest
+import secure
+from waiting import eventually
 
 from steering_service.server.tracing import Tracing
 from steering_service.v1 import (
@@ -17,8 +18,6 @@ from steering_service.v1 import (
     watch_pb2,
     watch_pb2_grpc,
 )
-
-secure = sys.modules["secure"]
 
 # As `opentelemetry-instrument` would: the provider is there before the service is.
 SDK = (
@@ -68,7 +67,7 @@ def test_spans_follow_the_callers_trace(guarded):
         )
         next(watch)
         watch.cancel()
-    listed, missing, alone, downloaded = secure.wait_for(
+    listed, missing, alone, downloaded = eventually(
         lambda: spans(service) if len(spans(service)) >= 4 else None
     )
     assert listed["name"] == "steering_service.v1.ChannelService/ListChannels"

@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from store.backend import check_key
 from store.errors import Conflict, InvalidInput, NotFound, StoreError, Unavailable
 from store.local import LocalDirectory, map_os_error
-from store.location import Location, check_key
+from store.location import Location
 
 ROOT = Path(__file__).parents[2]
 
