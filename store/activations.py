@@ -391,18 +391,9 @@ class ActivationCache:
         Unlike `read_layer`, zarr reads shards that are missing as NaN: ask `is_complete` first.
         """
         # zarr takes a second to import and is not needed to write or read a cache.
-        import zarr.storage
+        from store.zarr_dtype import open_group
 
-        from store.zarr_dtype import register
-
-        register()
-        if remote := self.location.obstore_and_prefix():
-            store = zarr.storage.ObjectStore(remote[0], read_only=True)
-            return zarr.open_group(store, path=remote[1], mode="r", zarr_format=3)
-        path = self.location.local_path()
-        return zarr.open_group(
-            zarr.storage.LocalStore(str(path), read_only=True), mode="r", zarr_format=3
-        )
+        return open_group(self.location)
 
     def __repr__(self) -> str:
         streams = list(self.streams)

@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from store.backend import check_key
 from store.digest import canonical_json, check_digest, sha256_hex
 from store.errors import Conflict, Corrupt, InvalidInput, NotFound
 from store.index import INDEX, check_index, with_rows
 from store.layout import StreamLayout
-from store.location import Location, check_key
+from store.location import Location
 
 COMPLETE = "_COMPLETE"
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
+import zarr
+import zarr.storage
 from zarr.core.dtype import data_type_registry
 from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
 from zarr.core.dtype.wrapper import ZDType
 
 from store.bfloat16 import QUIET_NAN_BITS, from_float32, to_float32
+from store.location import Location
 
 ZarrFormat = Literal[2, 3]
 
@@ -92,3 +95,13 @@ class BFloat16Bits(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness, HasI
 def register() -> None:
     """Make zarr-python in this process open bfloat16 arrays; calling it again changes nothing."""
     data_type_registry.register("bfloat16", BFloat16Bits)
+
+
+def open_group(location: Location) -> zarr.Group:
+    """A group that lies at a location, read-only, its bfloat16 as bits."""
+    register()
+    if remote := location.obstore_and_prefix():
+        store = zarr.storage.ObjectStore(remote[0], read_only=True)
+        return zarr.open_group(store, path=remote[1], mode="r", zarr_format=3)
+    local = zarr.storage.LocalStore(str(location.local_path()), read_only=True)
+    return zarr.open_group(local, mode="r", zarr_format=3)
