@@ -23,8 +23,8 @@ from pipeline.reduction.methods import OF_MOMENTS
 from pipeline.reduction.moment_store import NUM_MOMENTS
 from pipeline.reduction.passes import layer_blocks, shard_groups
 from store.activations import ActivationCache
+from store.ahead import NUM_READERS
 from store.layout import StreamLayout
-from store.reading import NUM_READERS
 
 _VERIFIED_AT_A_TIME: Final = 8 << 20
 _PLANNED_OBJECTS: Final = 5

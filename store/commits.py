@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from store.ahead import map_ahead
 from store.digest import canonical_json, sha256_hex
 from store.errors import REPAIR, Conflict, Corrupt, InvalidInput, NotFound
 from store.layout import StreamLayout
@@ -23,7 +24,6 @@ from store.shard import build_shard, decode_shard
 
 log = logging.getLogger(__name__)
 
-_NUM_READERS = 8
 _RECORD = re.compile(r"([0-9]{8,})\.json")
 
 
@@ -84,8 +84,7 @@ class CommitLog:
     def summary(self, layouts: Collection[StreamLayout]) -> CompleteMarker:
         """What all records come to; see `ActivationCache.summary`."""
         pairs = [(layout, shard) for layout in layouts for shard in range(layout.num_shards)]
-        with ThreadPoolExecutor(_NUM_READERS) as executor:
-            records = list(executor.map(lambda pair: self.read(*pair), pairs))
+        records = list(map_ahead(lambda pair: self.read(*pair), pairs))
         content = [
             [record.stream, record.shard, record.num_bytes, record.sha256]
             + ([record.quarantine] if record.quarantine else [])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from store.ahead import NUM_READERS, map_ahead
 from store.commits import CommitLog
 from store.errors import REPAIR, Corrupt, InvalidInput, NotFound, StoreError
 from store.layout import StreamLayout
@@ -24,8 +24,6 @@ from store.shard import (
     stored_dtype,
 )
 
-NUM_READERS = 8
-"""Threads that read ahead from a bucket, where one request is slow and many are not."""
 _READS_AHEAD = 2
 """From a local disk, by the system: a thread of ours that reads ahead takes turns with the one that
 counts, and hands it values through the memory of another core.
@@ -128,26 +126,18 @@ class ShardReader:
     def _scan_bucket(
         self, layout: StreamLayout, pairs: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, int, npt.NDArray[Any]]]:
-        with ThreadPoolExecutor(NUM_READERS) as executor:
-            ahead = [
-                executor.submit(self.layer, layout, layer, shard)
-                for shard, layer in pairs[:NUM_READERS]
-            ]
-            try:
-                for number, (shard, layer) in enumerate(pairs):
-                    values_RW = ahead.pop(0).result()
-                    if number + NUM_READERS < len(pairs):
-                        next_shard, next_layer = pairs[number + NUM_READERS]
-                        ahead.append(executor.submit(self.layer, layout, next_layer, next_shard))
-                    yield shard, layer, values_RW
-                    # Its memory is the next layer's.
-                    del values_RW
-            finally:
-                executor.shutdown(wait=True, cancel_futures=True)
+        def read(pair: tuple[int, int]) -> npt.NDArray[Any]:
+            shard, layer = pair
+            return self.layer(layout, layer, shard)
+
+        with closing(map_ahead(read, pairs, ahead=NUM_READERS)) as found:
+            for shard, layer in pairs:
+                # Kept by no name: while the next one is read, this one's memory is free again.
+                yield shard, layer, next(found)
 
     def _prefetch(self, layout: StreamLayout, shard: int, layer: int) -> None:
         # What is wrong with a shard is said when its turn comes.
-        with contextlib.suppress(StoreError):
+        with suppress(StoreError):
             found = layer_range(self._index(layout, shard), layout, layout.layer_position(layer))
             self._location.prefetch(layout.shard_key(shard), *found)
 
@@ -177,7 +167,7 @@ class ShardReader:
         with self._damage_named(layout, shard):
             return self._location.get_ranges(layout.shard_key(shard), ranges)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _damage_named(self, layout: StreamLayout, shard: int) -> Iterator[None]:
         try:
             yield
