@@ -158,6 +158,13 @@ class ChannelLog:
         entry = self.entry(channel, revision)
         return self._follow(entry)
 
+    def find(self, channel: str) -> ChannelEntry | None:
+        """As `head`; None for a channel that does not exist."""
+        try:
+            return self.head(channel)
+        except NotFound:
+            return None
+
     def newer(self, channel: str, revision: int) -> ChannelEntry | None:
         """The newest entry if it is above `revision` (0: any), else None, also without a channel.
 

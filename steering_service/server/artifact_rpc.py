@@ -20,7 +20,7 @@ from steering_service.server.paging import page_size
 from steering_service.server.publishing import Publishing
 from steering_service.server.revocations import RevocationList
 from steering_service.server.slots import Slots
-from steering_service.server.status import Context
+from steering_service.server.status import Context, host_of
 from steering_service.server.store_calls import store_call
 from steering_service.v1 import artifact_pb2
 from steering_service.v1.artifact_pb2_grpc import ArtifactServiceServicer
@@ -101,7 +101,7 @@ class ArtifactRpc(ArtifactServiceServicer):
     ) -> artifact_pb2.PublishResponse:
         """Receive, check, store."""
         digest = await self._publishing.publish(
-            aiter(request_iterator), access.caller(), _host(context)
+            aiter(request_iterator), access.caller(), host_of(context)
         )
         return artifact_pb2.PublishResponse(digest=digest)
 
@@ -140,7 +140,7 @@ class ArtifactRpc(ArtifactServiceServicer):
             )
         if offset == size:
             return
-        host = _host(context)
+        host = host_of(context)
         wait_s = _WAIT_S + (size - offset) / _WAIT_BYTES_PER_S
         async with self._downloads.taken(who.name, host, wait_s):
             await self._artifacts.load(known)
@@ -316,8 +316,3 @@ def _entry(known: Known) -> artifact_pb2.ArtifactEntry:
         model_fingerprint=known.model_fingerprint,
         payload_size=known.payload_size,
     )
-
-
-def _host(context: Context) -> str:
-    """Where a call comes from, without its port."""
-    return str(context.peer()).rpartition(":")[0]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from steering_service.core.artifact import Manifest, Policy, parse_manifest
 from steering_service.core.errors import InvalidInput
 from steering_service.server import metrics
 from steering_service.server.frames import frame_at, payload_frames
+from steering_service.server.once import Once
 from steering_service.server.store_calls import store_call, store_call_within
 from steering_service.v1 import artifact_pb2
 from store.digest import check_digest, sha256_hex
@@ -101,28 +101,6 @@ class ByteCache(Generic[T]):
             self.num_bytes -= freed
 
 
-class _Once(Generic[T]):
-    """One read at a time of each key: whoever asks meanwhile gets the same answer."""
-
-    __slots__ = ("_reading",)
-
-    def __init__(self) -> None:
-        self._reading: dict[str, asyncio.Task[T]] = {}
-
-    async def __call__(self, key: str, read: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        task = self._reading.get(key)
-        if task is None:
-            task = self._reading[key] = asyncio.create_task(read())
-            task.add_done_callback(lambda done: self._forget(key, done))
-        # A caller that goes away must not end the read of the others.
-        return await asyncio.shield(task)
-
-    def _forget(self, key: str, task: asyncio.Task[T]) -> None:
-        del self._reading[key]
-        if not task.cancelled():
-            task.exception()  # it was raised in those who waited, if any still do
-
-
 class Artifacts:
     """Reads artifacts through a cache. One event loop owns it.
 
@@ -137,8 +115,8 @@ class Artifacts:
         self._known: ByteCache[Known] = ByteCache(manifests)
         self._payloads: ByteCache[tuple[bytes, ...]] = ByteCache(cache_bytes - manifests)
         self._largest = (cache_bytes - manifests) // _PAYLOAD_SHARE
-        self._opening: _Once[Known] = _Once()
-        self._loading: _Once[None] = _Once()
+        self._opening: Once[Known] = Once()
+        self._loading: Once[None] = Once()
         self._loads = asyncio.Semaphore(_LOADS)
         self._untold_hits = 0
         self._hits = {what: metrics.CACHE_HITS.labels(what) for what in ("manifest", "payload")}

@@ -14,8 +14,9 @@ from cryptography import x509
 
 from steering_service.server.access import ROLES, Identity, Unauthenticated
 from steering_service.server.identities import Identities
-from steering_service.server.limits import Bucket, Meter, too_fast
-from steering_service.server.status import Context
+from steering_service.server.limits import Meter, too_fast
+from steering_service.server.status import Context, host_of
+from steering_service.server.throttle import Bucket
 
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 AuthContext: TypeAlias = Mapping[str, Iterable[bytes]]
@@ -101,7 +102,7 @@ class Callers:
         try:
             return self._known(metadata, context)
         except Unauthenticated:
-            self._meter.take_unknown(str(context.peer()).rpartition(":")[0])
+            self._meter.take_unknown(host_of(context))
             raise
 
     def _known(self, metadata: Metadata, context: Context) -> Standing:

@@ -119,7 +119,7 @@ class ChannelRpc(ChannelServiceServicer):
     ) -> channel_pb2.ListProposalsResponse:
         """Proposals for the channel's next revision."""
         access.caller().check_channel(request.channel)
-        head = await store_call(self._head, request.channel)
+        head = await store_call(self._channels.find, request.channel)
         found = await store_call(
             self._proposals.open, request.channel, head.revision + 1 if head else 1
         )
@@ -135,7 +135,7 @@ class ChannelRpc(ChannelServiceServicer):
     ) -> channel_pb2.GetChannelResponse:
         """The entry of the highest revision."""
         access.caller().check_channel(request.channel)
-        entry = await store_call(self._head, request.channel)
+        entry = await store_call(self._channels.find, request.channel)
         if entry is None:
             raise _no_channel(request.channel)
         return channel_pb2.GetChannelResponse(entry=_to_proto(entry))
@@ -274,7 +274,7 @@ class ChannelRpc(ChannelServiceServicer):
 
     async def _head_at(self, channel: str, expected_revision: int) -> ChannelEntry | None:
         """The head, which must be the one that the caller looked at."""
-        head = await store_call(self._head, channel)
+        head = await store_call(self._channels.find, channel)
         revision = head.revision if head else 0
         if revision != expected_revision:
             raise Conflict(
@@ -299,12 +299,6 @@ class ChannelRpc(ChannelServiceServicer):
             return self._channels.history(channel, after=after, limit=limit)
         except NotFound as error:
             raise _no_channel(channel) from error
-
-    def _head(self, channel: str) -> ChannelEntry | None:
-        try:
-            return self._channels.head(channel)
-        except NotFound:
-            return None
 
 
 def _check_reason(reason: str) -> None:

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2
 from steering_service.core.errors import NotFound, SteeringError
 from steering_service.server.limits import Limited
 from steering_service.server.messages import parser
-from steering_service.server.status import Context, status_of
+from steering_service.server.status import Context, host_of, status_of
 
 SERVICE: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -84,7 +84,7 @@ class Health:
         """The status of a service, now and whenever it changes."""
         try:
             known = self._knows(request)
-            with self._watching(str(context.peer()).rpartition(":")[0]):
+            with self._watching(host_of(context)):
                 while True:
                     # Together, so that no change is missed while the answer is sent.
                     changed, answer, last = self._changed, self._answer, self._draining

@@ -18,11 +18,12 @@ from prometheus_client import Counter
 
 import steering_service.core.errors as core
 from steering_service.server import metrics
+from steering_service.server.once import Once
 from steering_service.server.revocations import RevocationList
 from steering_service.server.store_calls import store_call
 from steering_service.server.throttle import Throttle
 from store.channels import ChannelEntry, ChannelLog
-from store.errors import NotFound, StoreError, Unavailable
+from store.errors import StoreError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Hub:
         self._poll_s = poll_s
         self._topics: dict[str, Topic] = {}
         self._remembered: dict[str, ChannelEntry] = {}
-        self._loading: dict[str, asyncio.Task[ChannelEntry | None]] = {}
+        self._loading: Once[ChannelEntry | None] = Once()
         self._closed = False
         self._store_failing = False
         self._turn = 0
@@ -170,14 +171,8 @@ class Hub:
         if topic is not None:
             # At most one poll old, and a thousand nodes that reconnect cost the store nothing.
             return topic.head
-        task = self._loading.get(channel)
-        if task is None:
-            task = asyncio.create_task(store_call(self._head, channel))
-            self._loading[channel] = task
-            task.add_done_callback(lambda done: self._loaded(channel, done))
         try:
-            # A stream that ends must not end the read of the others.
-            return await asyncio.shield(task)
+            return await self._loading(channel, lambda: store_call(self._channels.find, channel))
         except _AWAY as error:
             head = self._remembered.get(channel)
             if head is None:
@@ -347,19 +342,8 @@ class Hub:
         for topic in self._topics.values():
             topic.wake()
 
-    def _loaded(self, channel: str, task: asyncio.Task[ChannelEntry | None]) -> None:
-        del self._loading[channel]
-        if not task.cancelled():
-            task.exception()  # it was raised in those who waited, if any still do
-
     def _remember(self, head: ChannelEntry) -> None:
         self._remembered.pop(head.channel, None)
         while len(self._remembered) >= _REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
         self._remembered[head.channel] = head
-
-    def _head(self, channel: str) -> ChannelEntry | None:
-        try:
-            return self._channels.head(channel)
-        except NotFound:
-            return None

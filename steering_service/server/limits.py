@@ -15,6 +15,7 @@ from typing import Final
 from steering_service.core.errors import Unavailable
 from steering_service.server.access import Identity
 from steering_service.server.policy import Limits
+from steering_service.server.throttle import Bucket
 
 # For those who fail to say who they are: enough for a fleet behind one address that comes with a
 # token not yet in the policy, little for guessing (a token has 256 bits anyhow).
@@ -34,26 +35,6 @@ class Limited(Unavailable):
     def __init__(self, message: str, *, kind: str, retry_s: float = 1.0) -> None:
         super().__init__(message, kind=kind)
         self.retry_s = retry_s
-
-
-class Bucket:
-    """A token bucket: `burst` at once, `rate` a second after that."""
-
-    __slots__ = ("_at", "_left")
-
-    def __init__(self, burst: float, now: float) -> None:
-        self._left = burst
-        self._at = now
-
-    def take(self, rate: float, burst: float, now: float) -> float:
-        """Take one; returns 0, or how many seconds until there is one, having taken none."""
-        left = min(burst, self._left + (now - self._at) * rate)
-        self._at = now
-        if left < 1.0:
-            self._left = left
-            return (1.0 - left) / rate
-        self._left = left - 1.0
-        return 0.0
 
 
 class Meter:

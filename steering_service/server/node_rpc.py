@@ -17,7 +17,6 @@ from steering_service.server.status import Context
 from steering_service.server.store_calls import store_call
 from steering_service.v1 import node_pb2, node_pb2_grpc, watch_pb2
 from store.channels import ChannelEntry, ChannelLog
-from store.errors import NotFound
 
 
 class NodeRpc(node_pb2_grpc.NodeServiceServicer):
@@ -38,7 +37,7 @@ class NodeRpc(node_pb2_grpc.NodeServiceServicer):
         """One page of the nodes of a channel."""
         access.caller().check_channel(request.channel)
         limit = page_size(request.page_size)
-        head = await store_call(self._head, request.channel)
+        head = await store_call(self._channels.find, request.channel)
         states = await self._nodes.of_channel(request.channel)
         rest = [state for state in states if state.node_id > request.page_token]
         page = rest[:limit]
@@ -47,12 +46,6 @@ class NodeRpc(node_pb2_grpc.NodeServiceServicer):
             next_page_token=page[-1].node_id if len(rest) > limit else "",
             convergence=convergence(head, states),
         )
-
-    def _head(self, channel: str) -> ChannelEntry | None:
-        try:
-            return self._channels.head(channel)
-        except NotFound:
-            return None
 
 
 def convergence(head: ChannelEntry | None, states: Sequence[NodeState]) -> node_pb2.Convergence:

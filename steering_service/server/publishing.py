@@ -97,9 +97,8 @@ class Publishing:
                 )
             header = first.header
             await self._revocations.ready()
-            manifest = await asyncio.to_thread(self._check_header, header)
+            manifest, digest = await asyncio.to_thread(self._check_header, header)
             who.check_model(manifest.model.name, manifest.model.fingerprint)
-            digest = hashlib.sha256(header.manifest).hexdigest()
             if manifest.payload.size <= PIECE_BYTES and not header.offset:
                 payload = await self._receive(requests, manifest)
             else:
@@ -118,7 +117,8 @@ class Publishing:
         )
         return digest
 
-    def _check_header(self, header: artifact_pb2.PublishHeader) -> Manifest:
+    def _check_header(self, header: artifact_pb2.PublishHeader) -> tuple[Manifest, str]:
+        """The manifest of what may be published, and its digest."""
         # Before the payload is received, so that a refused publish costs its sender little.
         manifest = parse_manifest(header.manifest)
         size = manifest.payload.size
@@ -142,7 +142,7 @@ class Publishing:
             self._trust_roots.verify(header.signature, header.manifest)
         digest = hashlib.sha256(header.manifest).hexdigest()
         self._revocations.check(digest, header.manifest, header.signature)
-        return manifest
+        return manifest, digest
 
     async def _receive(
         self, requests: AsyncIterator[artifact_pb2.PublishRequest], manifest: Manifest

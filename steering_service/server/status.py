@@ -62,6 +62,11 @@ FIELDS: Final = {
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
+def host_of(context: Context) -> str:
+    """The host that a call comes from, without its port."""
+    return str(context.peer()).rpartition(":")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """What a failed call answers.
