@@ -99,6 +99,8 @@ class _Call:
         metadata, method = _METADATA.get(), self._method
         if spans.enabled and not method.is_watch:
             self.span = spans.span(method.name, metadata)
+        if method.is_watch:
+            _METADATA.set(())  # it would stay as long as the stream, a kilobyte each
         self.standing = callers.find(metadata, self._context, self._began)
         self.standing.admit(method.name, self._began)
         identity = self.standing.identity

@@ -12,6 +12,7 @@ import base64
 import logging
 import re
 import socket
+import sys
 import time
 import uuid
 from dataclasses import replace
@@ -96,7 +97,7 @@ class NodeStream:
         state = self._state
         if not state.acked or report.active_revision != state.active_revision:
             state.active_revision, state.active_since = report.active_revision, time.time()
-        state.identity = plain(report.identity, _MAX_SHORT_CHARS)
+        state.identity = _shared(report.identity)
         state.acked = True
 
 
@@ -132,19 +133,19 @@ class Nodes:
             subscribe: Its node id and channel are good.
             caller: Who the service knows it as.
         """
-        key = subscribe.channel, subscribe.node_id
+        key = sys.intern(subscribe.channel), subscribe.node_id
         now = time.time()
         before = self._left.pop(key, None) or self._states.get(key)
         state = NodeState(
-            node_id=subscribe.node_id,
-            channel=subscribe.channel,
+            node_id=key[1],
+            channel=key[0],
             replica=self.replica,
             connected=True,
             since=now,
             active_revision=subscribe.active_revision,
             active_since=now,
-            model_fingerprint=plain(subscribe.model_fingerprint, _MAX_SHORT_CHARS),
-            client=plain(subscribe.client, _MAX_SHORT_CHARS),
+            model_fingerprint=_shared(subscribe.model_fingerprint),
+            client=_shared(subscribe.client),
             caller=caller,
             revocations_serial=subscribe.revocations_serial,
         )
@@ -293,6 +294,11 @@ def _load_all(
                     state.connected, state.since = False, board.time
         states += board.nodes
     return states, broken
+
+
+def _shared(text: str) -> str:
+    """A text from outside that a whole fleet says alike: cut off, and kept in memory once."""
+    return sys.intern(plain(text, _MAX_SHORT_CHARS))
 
 
 def _merged(one: NodeState, other: NodeState) -> NodeState:

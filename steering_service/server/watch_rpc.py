@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sys
 import time
-from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -56,7 +56,7 @@ class _Session:
 
     def __init__(self, subscribe: watch_pb2.Subscribe, node: NodeStream | None) -> None:
         self.node_id = subscribe.node_id
-        self.channel = subscribe.channel
+        self.channel = sys.intern(subscribe.channel)  # one text for all who watch it
         self.revision = subscribe.active_revision
         self.serial = subscribe.revocations_serial
         self.node = node  # None: an observer
@@ -65,16 +65,16 @@ class _Session:
         self.beat_due = False
         self.timer: asyncio.TimerHandle | None = None  # of the next heartbeat
         # Revision of each unsettled Assignment, and when it was sent (monotonic, seconds).
-        self.sent: deque[tuple[int, float]] = deque()
+        self.sent: list[tuple[int, float]] = []
 
     def settle(self, nonce: int) -> tuple[int, float] | None:
         """The Assignment of this nonce, which settles those before it too; None: there is none."""
         if not self.settled < nonce <= self.nonce:
             return None  # already settled, or never sent
-        for _ in range(nonce - self.settled - 1):
-            self.sent.popleft()
+        found = self.sent[nonce - self.settled - 1]
+        del self.sent[: nonce - self.settled]
         self.settled = nonce
-        return self.sent.popleft()
+        return found
 
 
 class WatchRpc(WatchServiceServicer):
@@ -126,7 +126,9 @@ class WatchRpc(WatchServiceServicer):
             if not subscribe.observer:
                 node = self._nodes.connect(subscribe, who.name)
             session = _Session(subscribe, node)
-            with self._hub.watch(subscribe.channel, head) as watcher:
+            # A message takes a kilobyte, and what is left of it here would be kept with the stream.
+            del subscribe
+            with self._hub.watch(session.channel, head) as watcher:
                 async for frame in self._stream(session, watcher, requests, who):
                     yield frame
         finally:
@@ -142,8 +144,7 @@ class WatchRpc(WatchServiceServicer):
         requests: AsyncIterator[watch_pb2.WatchRequest],
         who: access.Identity,
     ) -> AsyncIterator[bytes]:
-        extra = {"node": session.node_id, "channel": session.channel}
-        log.debug("watch started", extra=extra | {"revision": session.revision})
+        _tell("watch started", session)
         loop = asyncio.get_running_loop()
         reading = asyncio.create_task(self._read(requests, session, watcher))
 
@@ -175,7 +176,7 @@ class WatchRpc(WatchServiceServicer):
             if session.timer is not None:
                 session.timer.cancel()
             reading.cancel()
-            log.debug("watch ended", extra=extra | {"revision": session.revision})
+            _tell("watch ended", session)
 
     def _next(self, session: _Session, watcher: Watcher, who: access.Identity) -> bytes | None:
         """What to send now; None: nothing."""
@@ -222,6 +223,7 @@ class WatchRpc(WatchServiceServicer):
                         "another stream for another channel",
                         kind="watch_order",
                     )
+            del request  # as in `Watch`
             if delay_s := throttle.delay_s():
                 await asyncio.sleep(delay_s)
 
@@ -298,6 +300,12 @@ async def _subscribe(requests: AsyncIterator[watch_pb2.WatchRequest]) -> watch_p
                 kind="subscribe_text",
             )
     return subscribe
+
+
+def _tell(event: str, session: _Session) -> None:
+    if log.isEnabledFor(logging.DEBUG):
+        extra = {"node": session.node_id, "channel": session.channel, "revision": session.revision}
+        log.debug(event, extra=extra)
 
 
 def _extra(session: _Session, report: watch_pb2.Report, revision: int) -> dict[str, object]:
