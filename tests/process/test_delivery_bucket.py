@@ -20,8 +20,7 @@ from store.location import Location
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 
-# The issue says a minute; what a minute does, 25 s do: each call has failed long before.
-OUTAGE_S = 25
+OUTAGE_S = 60
 # How long a write may take to fail, and the service to be whole again.
 FAIL_S = 12
 HEAL_S = 20
