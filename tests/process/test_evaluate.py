@@ -157,10 +157,13 @@ def test_ctrl_c_ends_it_with_130_and_leaves_no_half_result(folder, flags, digest
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    # Any moment will do: importing, loading or measuring.
-    time.sleep(6)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        # Any moment will do: importing, loading or measuring.
+        time.sleep(6)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert not out.exists()
