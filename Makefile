@@ -48,7 +48,7 @@ contracts: $(VENV)/.dev  ## Who may import whom, and whether the stubs are fresh
 # Most of a test's time goes into starting Python, torch and Ray, on one core.
 TEST_WORKERS ?= 2
 unit: $(VENV)/.dev  ## Tests, without the slow ones; TEST_WORKERS=2 files at once
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not faults' -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not faults' -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-faults: $(VENV)/.dev  ## Kill -9 and the whole demo, on real processes (minutes)
 	$(BIN)/pytest -m faults --timeout 1200
