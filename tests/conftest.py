@@ -5,6 +5,7 @@ Heavy imports stay inside the functions, since most tests need no torch.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ import pytest
 # What a shell starts in the background ignores Ctrl-C, and so do all processes that it starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# As `pipeline` does: tests hold channels open when they start Ray.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 # No test is timed: a busy machine must not fail one.
 hypothesis.settings.register_profile("untimed", deadline=None)

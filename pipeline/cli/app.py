@@ -65,8 +65,8 @@ def _configure(
         os.environ["STEERAGE_TRACEBACK"] = "1"
 
 
-def main() -> None:
-    """Run the command line; the process's exit code says how it went."""
+def commands() -> typer.Typer:
+    """The command line with all of its commands."""
     # Imported here so that `app` exists when they register their commands.
     from pipeline.cli import (  # noqa: F401
         batch,
@@ -85,8 +85,13 @@ def main() -> None:
         verify,
     )
 
+    return app
+
+
+def main() -> None:
+    """Run the command line; the process's exit code says how it went."""
     try:
-        app()
+        commands()()
     except OUR_ERRORS as error:
         if os.environ.get("STEERAGE_TRACEBACK"):
             raise

@@ -17,8 +17,7 @@ import pytest
 import typer
 import yaml
 
-from pipeline.cli import batch, node, operate  # noqa: F401  (they register their commands)
-from pipeline.cli.app import app
+from pipeline.cli.app import commands
 from pipeline.config import load_run_file
 from steering_service.core.address import loopback
 
@@ -266,7 +265,7 @@ def test_pods_keep_to_the_restricted_profile(build, folder):
 def parse(words: list[str]) -> dict[str, Any]:
     """Parse a command line of ours as the program would, without running it."""
     assert words[0] == "steerage", words
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(commands())
     values: dict[str, Any] = group.commands[words[1]].make_context(words[1], words[2:]).params
     return values
 
