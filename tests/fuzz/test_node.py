@@ -9,9 +9,9 @@ import json
 import queue
 import threading
 from collections import defaultdict
-from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import pytest
@@ -19,6 +19,7 @@ from delivery import make_artifact
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from publishers import FINGERPRINT, Publisher
+from serving import serving
 from waiting import eventually
 from wire import ODD_NAMES, ODD_NUMBERS, mangled
 
@@ -120,27 +121,15 @@ class Liar(artifact_pb2_grpc.ArtifactServiceServicer, watch_pb2_grpc.WatchServic
                 talk.reports.put(report)
 
 
-@contextmanager
-def serving():
-    """A lying service, and its address."""
-    server = grpc.server(
-        futures.ThreadPoolExecutor(32), options=[("grpc.max_send_message_length", -1)]
-    )
-    liar = Liar()
-    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(liar, server)
-    watch_pb2_grpc.add_WatchServiceServicer_to_server(liar, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield liar, f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
-
-
 @pytest.fixture(scope="module")
 def lying():
-    with serving() as served:
-        yield served
+    """A lying service, and its address."""
+    liar = Liar()
+    with serving(
+        partial(artifact_pb2_grpc.add_ArtifactServiceServicer_to_server, liar),
+        partial(watch_pb2_grpc.add_WatchServiceServicer_to_server, liar),
+    ) as address:
+        yield liar, address
 
 
 @pytest.fixture(scope="module")

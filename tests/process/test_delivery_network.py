@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from concurrent import futures
-from contextlib import contextmanager
+from functools import partial
 
-import grpc
 import pytest
 from delivery import WHO, Reader, make_artifact
 from network import FINE, Fault, Proxy
 from publishers import FINGERPRINT
+from serving import serving
 from waiting import eventually
 
 from steering_service.client.subscription import Subscription
@@ -202,23 +201,17 @@ class Stalling(artifact_pb2_grpc.ArtifactServiceServicer, watch_pb2_grpc.WatchSe
             pass
 
 
-@contextmanager
-def served(servicer):
-    server = grpc.server(futures.ThreadPoolExecutor(8))
-    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(servicer, server)
-    watch_pb2_grpc.add_WatchServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
-
-
 def test_off_overtakes_a_download_that_stalls(publisher, subscribe):
     artifact = make_artifact(1, width=WIDTH)
     stalling = Stalling(artifact, publisher.sign(artifact))
-    with served(stalling) as address, subscribe(address) as node:
+    add = (
+        artifact_pb2_grpc.add_ArtifactServiceServicer_to_server,
+        watch_pb2_grpc.add_WatchServiceServicer_to_server,
+    )
+    with (
+        serving(*(partial(each, stalling) for each in add)) as address,
+        subscribe(address) as node,
+    ):
         eventually(lambda: stalling.downloads, 10, "the download")
         begin = time.monotonic()
         off = node.active.wait_for(2, 60)

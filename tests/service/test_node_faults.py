@@ -9,7 +9,6 @@ import socket
 import subprocess
 import threading
 import time
-from concurrent import futures
 from contextlib import contextmanager
 
 import grpc
@@ -18,6 +17,7 @@ import pytest
 import rfc8785
 import safetensors.numpy
 from publishers import FINGERPRINT
+from serving import serving
 from waiting import eventually
 
 from steering_service.client.connection import Connection
@@ -195,19 +195,6 @@ class Garbler(grpc.GenericRpcHandler):
             time.sleep(1)
 
         return grpc.stream_stream_rpc_method_handler(watch)
-
-
-@contextmanager
-def serving(*add):
-    server = grpc.server(futures.ThreadPoolExecutor(8))
-    for each in add:
-        each(server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
 
 
 def test_messages_that_do_not_parse_end_the_stream_only(subscribe):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from concurrent import futures
 from contextlib import contextmanager
+from functools import partial
 
-import grpc
 import pytest
 from publishers import FINGERPRINT
 from securesystemslib.dsse import Envelope
+from serving import serving
 from waiting import eventually
 
 from steering_service.client.active import UNSTEERED
@@ -256,16 +256,12 @@ class Liar(watch_pb2_grpc.WatchServiceServicer):
 
 @contextmanager
 def lying_service(envelopes):
-    server = grpc.server(futures.ThreadPoolExecutor(4))
     liar = Liar(envelopes)
-    watch_pb2_grpc.add_WatchServiceServicer_to_server(liar, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield liar, f"127.0.0.1:{port}"
-    finally:
-        liar.stop.set()
-        server.stop(None).wait()
+    with serving(partial(watch_pb2_grpc.add_WatchServiceServicer_to_server, liar)) as address:
+        try:
+            yield liar, address
+        finally:
+            liar.stop.set()
 
 
 def test_a_list_never_goes_back(publisher, other, stranger, subscribe, tmp_path):

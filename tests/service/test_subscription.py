@@ -6,12 +6,12 @@ import json
 import subprocess
 import sys
 import threading
-from concurrent import futures
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
-import grpc
 import pytest
 from publishers import FINGERPRINT
+from serving import serving
 from waiting import eventually
 
 from steering_service.client.active import UNSTEERED, Active, Deployment, identity_of
@@ -359,15 +359,9 @@ class Liar(watch_pb2_grpc.WatchServiceServicer):
 
 @contextmanager
 def lying_service(assignments):
-    server = grpc.server(futures.ThreadPoolExecutor(4))
     liar = Liar(assignments)
-    watch_pb2_grpc.add_WatchServiceServicer_to_server(liar, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield liar, f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
+    with serving(partial(watch_pb2_grpc.add_WatchServiceServicer_to_server, liar)) as address:
+        yield liar, address
 
 
 def test_nothing_in_an_assignment_is_trusted(subscribe):
